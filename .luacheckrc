@@ -1,0 +1,3 @@
+std = "lua51"
+read_globals = { "KEYS", "ARGV", "redis", "cjson", "cmsgpack", "struct", "bit" }
+max_line_length = 110

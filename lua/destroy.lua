@@ -1,0 +1,67 @@
+-- destroy.lua: end one session; its data goes, a tombstone with the moment of its end stays.
+--
+-- KEYS[1]  the session key, a hash
+--
+-- ARGV[1]  call id, 8 bytes; the reply echoes it
+-- ARGV[2]  digest of the secret, current or former in its grace; empty: whatever is current
+-- ARGV[3]  microseconds since the first sending of this call; 0: this is the first
+-- ARGV[4]  grace time, how long the tombstone stays, ms
+-- ARGV[5]  '=' and the principal that the session must have; empty: any
+-- ARGV[6]  1: leave a tombstone even where there is no session yet
+--
+-- Reply: {code, call id, time in microseconds}, by code
+--   destroyed  the session has ended
+--   missing    there is no such session, or it is another principal's
+
+local session = KEYS[1]
+local call_id = ARGV[1]
+local digest = ARGV[2]
+local resend = tonumber(ARGV[3])
+local grace = tonumber(ARGV[4])
+local wanted = ARGV[5]
+local always = ARGV[6] == '1'
+
+local IDENTITY, IDENTITY_BYTES = '>Bc32I6I6', 45
+local FORMER, FORMER_BYTES = '>c32I7I6B', 46
+
+local clock = redis.call('TIME')
+local now_us = clock[1] * 1000000 + clock[2]
+local now = math.floor(now_us / 1000)
+
+local function answer(code)
+  return {code, call_id, string.format('%.0f', now_us)}
+end
+
+local meta = redis.call('HMGET', session, '@i', '@f', '@p', '@t')
+local identity, formers, principal, ended = meta[1], meta[2] or '', meta[3], meta[4]
+
+-- Sent again: the first sending may be what ended it.
+if ended then
+  local moment = #ended == 7 and struct.unpack('>I7', ended) or 0
+  return answer((resend > 0 and moment >= now_us - resend) and 'destroyed' or 'missing')
+end
+if not identity and not always then return answer('missing') end
+
+if digest ~= '' then
+  -- Equality of SHA-256 values tells nothing about secrets by its time.
+  local honoured = identity and #identity == IDENTITY_BYTES
+    and digest == select(2, struct.unpack(IDENTITY, identity))
+  for at = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
+    local former, _, grace_end = struct.unpack(FORMER, formers, at)
+    -- A log-out that overlaps a rotation logs out (G8), whenever it was opened.
+    honoured = honoured or (former == digest and now < grace_end)
+  end
+  if not honoured then return answer('missing') end
+end
+if wanted ~= '' and (not principal or '=' .. principal ~= wanted) then return answer('missing') end
+
+-- HSET first: it meets the out-of-memory check before anything is written. Where it is refused, the
+-- data goes all the same, and no tombstone can stay.
+local tombstone = struct.pack('>I7', now_us)
+local reply = redis.pcall('HSET', session, '@t', tombstone)
+redis.call('DEL', session)
+if type(reply) == 'number' then
+  redis.call('HSET', session, '@t', tombstone)
+  redis.call('PEXPIRE', session, grace)
+end
+return answer('destroyed')

@@ -1,0 +1,155 @@
+-- load.lua: read one session, or only what changed since a version; refresh its TTL when due.
+--
+-- KEYS[1]  the session key, a hash
+--
+-- ARGV[1]  call id, 8 bytes; the reply echoes it
+-- ARGV[2]  digest of the secret, 32 bytes; empty: whatever is current
+-- ARGV[3]  age of the request, microseconds
+-- ARGV[4]  base version; empty: nothing is held, send all
+-- ARGV[5]  base write id, 8 bytes
+-- ARGV[6]  idle lifetime, ms, where the session has none of its own
+-- ARGV[7]  touch interval, ms
+-- ARGV[8]  grace time for empty sessions, ms
+--
+-- Reply: {code, call id, time in microseconds, ...}, by code
+--   unchanged  @i, @v, under a former digest, touched
+--   changed    @i, @v, under a former digest, touched, @e, @p, @l, @x, then name and value (false:
+--              missing) of each field that changed since the base
+--   full       @i, @v, under a former digest, touched, then all names and values of the hash
+--   missing    there is no such session
+--   gone       the session ended after this request opened
+--   stale      1 if the request was open before the rotation that made its digest a former one, else 0
+--   corrupt    what is stored is not of format 1
+
+local session = KEYS[1]
+local call_id = ARGV[1]
+local digest = ARGV[2]
+local age = tonumber(ARGV[3])
+local base_version = tonumber(ARGV[4])
+local base_id = ARGV[5]
+local default_lifetime = tonumber(ARGV[6])
+local touch_interval = tonumber(ARGV[7])
+local grace = tonumber(ARGV[8])
+
+local FORMAT = 1
+local IDENTITY, IDENTITY_BYTES = '>Bc32I6I6', 45
+local STATE, STATE_BYTES = '>I4c8I7I6I6I4B', 36
+local FORMER, FORMER_BYTES = '>c32I7I6B', 46
+local EVERYTHING = 255
+local META = {'@i', '@v', '@j', '@k', '@f', '@e', '@p', '@l', '@x', '@t', '@r', '@q', '@c'}
+
+local clock = redis.call('TIME')
+local now_us = clock[1] * 1000000 + clock[2]
+local now = math.floor(now_us / 1000)
+local opened = now_us - age
+
+local function answer(code, ...)
+  return {code, call_id, string.format('%.0f', now_us), ...}
+end
+
+local meta = redis.call('HMGET', session, unpack(META))
+local identity, state, journal, old_journal = meta[1], meta[2], meta[3] or '', meta[4] or ''
+local formers, own_lifetime, principal, label, deadlines = meta[5] or '', meta[6], meta[7], meta[8], meta[9]
+local ended = meta[10]
+
+if ended then
+  return answer((#ended == 7 and opened < struct.unpack('>I7', ended)) and 'gone' or 'missing')
+end
+if not identity then return answer('missing') end
+if #identity ~= IDENTITY_BYTES or identity:byte() ~= FORMAT or not state or #state ~= STATE_BYTES then
+  return answer('corrupt')
+end
+local _, current_digest, _, absolute_end = struct.unpack(IDENTITY, identity)
+local version, last_id, committed, touched, _, bytes, permanent = struct.unpack(STATE, state)
+
+local is_former = 0
+if digest ~= '' and digest ~= current_digest then
+  -- Equality of SHA-256 values tells nothing about secrets by its time.
+  local code, before = 'missing', 0
+  for at = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
+    local former, moment, grace_end, may_commit = struct.unpack(FORMER, formers, at)
+    if former == digest and now < grace_end then
+      code, before = 'stale', opened < moment and 1 or 0
+      is_former = before * may_commit
+      break
+    end
+  end
+  if code == 'missing' then return answer(code) end
+  if is_former == 0 then return answer(code, before) end
+end
+
+-- The sliding TTL. A refused refresh (out of memory, a replica) never fails the read.
+local was_touched = 0
+if now - touched >= touch_interval then
+  local lifetime = own_lifetime and tonumber(own_lifetime) or default_lifetime
+  if not principal then
+    local fields = redis.call('HLEN', session)
+    for i = 1, #META do
+      if meta[i] then fields = fields - 1 end
+    end
+    if fields == 0 then lifetime = math.min(lifetime, grace) end
+  end
+  local new_ends = now + lifetime
+  if absolute_end > 0 and absolute_end < new_ends then new_ends = absolute_end end
+  local new_state = struct.pack(STATE, version, last_id, committed, now, new_ends, bytes, permanent)
+  local reply = redis.pcall('HSET', session, '@v', new_state)
+  if type(reply) == 'number' then
+    redis.call('PEXPIRE', session, new_ends - now)
+    state, was_touched = new_state, 1
+  end
+end
+
+if base_version == version and base_id == last_id then
+  return answer('unchanged', identity, state, is_former, was_touched)
+end
+
+-- What changed since the base, by the journal; nil if the base is not in it, as a pair.
+local names
+local function read_journal(generation, from, from_id)
+  local number = #generation >= 8 and struct.unpack('>I4', generation)
+  if not number or from < number then return nil end
+  local at, seen = 9, from == number and generation:sub(5, 8) == from_id
+  while at <= #generation do
+    local id, count
+    id, count, at = struct.unpack('>c4B', generation, at)
+    number = number + 1
+    if count == EVERYTHING then
+      if number > from then names = nil end
+    else
+      for _ = 1, count do
+        local name
+        name, at = struct.unpack('>Bc0', generation, at)
+        if names and number > from then names[name] = true end
+      end
+    end
+    if number == from and id == from_id then seen = true end
+  end
+  return seen
+end
+if base_version then
+  names = {}
+  local seen = read_journal(journal, base_version, base_id:sub(1, 4))
+  if seen == nil then
+    seen = read_journal(old_journal, base_version, base_id:sub(1, 4))
+    if seen then read_journal(journal, struct.unpack('>I4c4', journal)) end
+  end
+  if not seen then names = nil end
+end
+
+if not names then
+  local reply = answer('full', identity, state, is_former, was_touched)
+  for _, item in ipairs(redis.call('HGETALL', session)) do reply[#reply + 1] = item end
+  return reply
+end
+local list = {}
+for name in pairs(names) do list[#list + 1] = name end
+local reply = answer('changed', identity, state, is_former, was_touched,
+  own_lifetime, principal, label, deadlines)
+if #list > 0 then
+  local values = redis.call('HMGET', session, unpack(list))
+  for i, name in ipairs(list) do
+    reply[#reply + 1] = name
+    reply[#reply + 1] = values[i]
+  end
+end
+return reply

@@ -1,0 +1,15 @@
+"""Server-side sessions for Flask on Redis that lose nothing when requests overlap."""
+
+from . import merge as merge
+from . import signals as signals
+from .errors import ConfigurationError as ConfigurationError
+from .errors import CorruptSession as CorruptSession
+from .errors import LuaSessionError as LuaSessionError
+from .errors import SessionConflict as SessionConflict
+from .errors import SessionGone as SessionGone
+from .errors import SessionTooLarge as SessionTooLarge
+from .errors import SessionUnavailable as SessionUnavailable
+from .extension import Session as Session
+from .extension import Sessions as Sessions
+from .interface import LuaSessionInterface as LuaSessionInterface
+from .session import LuaSession as LuaSession

@@ -1,0 +1,104 @@
+"""The cache of a process: snapshots, for a short time, bounded by their bytes.
+
+It holds raw field bytes and no decoded value, so that nothing in it is ever
+shared between two requests, and it gives a snapshot to nobody who could not
+have it from Redis: the digest is compared here as it is there (G11).
+"""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import NamedTuple
+
+from cachetools import LRUCache
+
+from .ids import SessionId, same_digest
+from .snapshot import Pair, Snapshot
+
+# Rough cost of the objects around the bytes: a snapshot, and each name and value.
+_SNAPSHOT_BYTES = 600
+_FIELD_BYTES = 120
+
+
+class Entry(NamedTuple):
+    """A snapshot, and the monotonic nanosecond at which the call that confirmed it was sent."""
+
+    snapshot: Snapshot
+    sent: int
+
+
+def _size(entry: Entry) -> int:
+    snapshot = entry.snapshot
+    return _SNAPSHOT_BYTES + snapshot.size + _FIELD_BYTES * len(snapshot.fields)
+
+
+class SnapshotCache:
+    """Snapshots by handle.
+
+    :param max_bytes: bound on the bytes held; the least recently used go first.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        # cachetools is corrupted for good by threads without a lock. No I/O is done under it.
+        self._lock = Lock()
+        self._entries: LRUCache[str, Entry] = LRUCache(max_bytes, getsizeof=_size)
+
+    def get(self, session_id: SessionId) -> Entry | None:
+        """Return the entry of a session, if the id is the right one for it."""
+        with self._lock:
+            entry = self._entries.get(session_id.handle)
+        if entry is not None and same_digest(entry.snapshot.digest, session_id.digest):
+            return entry
+        return None
+
+    def put(self, handle: str, snapshot: Snapshot, sent: int) -> None:
+        """Keep what a call answered, unless something newer is there.
+
+        Two loads overlap, and the older reply arrives last: the higher version
+        stays if it was asked for no earlier. What was asked for later wins over a
+        higher version, which a failover may have undone.
+        """
+        entry = Entry(snapshot, sent)
+        with self._lock:
+            held = self._entries.get(handle)
+            if held is not None and held.snapshot.version > snapshot.version and held.sent >= sent:
+                return
+            self._store(handle, entry)
+
+    def advance(self, handle: str, replaced: Pair, snapshot: Snapshot, sent: int) -> None:
+        """Put the snapshot that an own commit made in the place of the one it replaced.
+
+        An entry of any other version is dropped: foreign changes lie between.
+        """
+        with self._lock:
+            held = self._entries.get(handle)
+            if held is not None and held.snapshot.pair == replaced:
+                self._store(handle, Entry(snapshot, sent))
+            else:
+                self._entries.pop(handle, None)
+
+    def replaced(self, handle: str, replaced: Pair) -> Snapshot | None:
+        """Return the cached snapshot if it is of exactly this pair."""
+        with self._lock:
+            held = self._entries.get(handle)
+        if held is not None and held.snapshot.pair == replaced:
+            return held.snapshot
+        return None
+
+    def drop(self, handle: str) -> None:
+        """Forget a session."""
+        with self._lock:
+            self._entries.pop(handle, None)
+
+    @property
+    def size(self) -> int:
+        """Bytes held, by estimate."""
+        with self._lock:
+            return int(self._entries.currsize)
+
+    def _store(self, handle: str, entry: Entry) -> None:
+        try:
+            self._entries[handle] = entry
+        except ValueError:
+            # Larger than the whole cache. cachetools leaves the old entry in its place.
+            self._entries.pop(handle, None)

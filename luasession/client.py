@@ -1,0 +1,223 @@
+"""The way to Redis: one command on one connection, without anybody's retries.
+
+redis-py (and valkey-py, its fork) send a command again on their own account
+after a broken connection. For a commit that is wrong, since the first sending
+may have been applied, so the calls here take a connection from the client's
+pool, send once and read once. Sending again is the store's business, which
+does it under one deadline a request (:class:`Patience`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from . import embedded
+from .config import Config
+from .errors import ConfigurationError, SessionUnavailable
+
+# Connections of one process to one server. More requests than that wait for one, and do not fail.
+_MAX_CONNECTIONS = 64
+_FIRST_PAUSE = 0.005
+_LONGEST_PAUSE = 0.25
+
+#: One argument of a command.
+Argument = bytes | str | int
+
+# Answers that pass by themselves: a server that starts, fails over or moves slots. 6.2 words a refused
+# write inside a script as a plain error, so the words are looked for and not only the leading code.
+_PASSING = (
+    "LOADING",
+    "BUSY ",
+    "TRYAGAIN",
+    "CLUSTERDOWN",
+    "MASTERDOWN",
+    "READONLY",
+    "read only replica",
+    "UNBLOCKED",
+)
+
+
+class Unproven(Exception):  # noqa: N818 - not an error of the server: a reply that answers another call
+    """A reply that does not prove to be the answer to its call (G16)."""
+
+
+class Patience:
+    """What one request still waits for Redis, over all of its calls.
+
+    :param seconds: ``SESSION_REDIS_DEADLINE``.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._left = seconds
+        self._pause = _FIRST_PAUSE
+
+    def wait(self, error: Exception, failed_after: float) -> None:
+        """Sleep before the next try, with jitter.
+
+        :param error: what the last try ended in.
+        :param failed_after: seconds that it took.
+        :raise SessionUnavailable: if the deadline has passed.
+        """
+        self._left -= failed_after
+        pause = self._pause * random.uniform(0.5, 1.5)  # noqa: S311 - jitter, no secret
+        if self._left < pause:
+            raise unavailable(error) from error
+        time.sleep(pause)
+        self._left -= pause
+        self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+
+
+def unavailable(error: Exception) -> SessionUnavailable:
+    """Return what a request is told of a failure: the kind and the server's words."""
+    return SessionUnavailable(f"{type(error).__name__}: {error}")
+
+
+def _is_a(error: Exception, name: str) -> bool:
+    # By name, since valkey-py's classes are the same ones under another root.
+    return any(kind.__name__ == name for kind in type(error).__mro__)
+
+
+def is_no_script(error: Exception) -> bool:
+    """Whether the server does not know the script."""
+    return _is_a(error, "NoScriptError") or str(error).startswith("NOSCRIPT")
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same call may well succeed a little later."""
+    if _is_a(error, "AuthenticationError") or _is_a(error, "AuthorizationError"):
+        return False
+    if isinstance(error, (Unproven, OSError)):
+        return True
+    if _is_a(error, "ConnectionError") or _is_a(error, "TimeoutError"):
+        return True
+    return any(words in str(error) for words in _PASSING)
+
+
+def is_known(error: Exception) -> bool:
+    """Whether an exception comes from the client library or the system below it."""
+    return isinstance(error, (Unproven, OSError)) or _is_a(error, "RedisError") or _is_a(error, "ValkeyError")
+
+
+class Client:
+    """A server, through the connection pool of a client library.
+
+    :param library: a ``redis.Redis`` or ``valkey.Valkey``.
+    """
+
+    def __init__(self, library: Any) -> None:
+        self._pool = library.connection_pool
+        # redis-py warns if the command is named, valkey-py wants it.
+        parameters = inspect.signature(self._pool.get_connection).parameters
+        first = next(iter(parameters.values()))
+        self._take = () if first.default is None else ("EVALSHA",)
+
+    def call(
+        self,
+        *arguments: Argument,
+        accept: Callable[[Any], bool] | None = None,
+        fallback: Callable[[], Sequence[Argument]] | None = None,
+        wait: tuple[int, int] | None = None,
+    ) -> Any:
+        """Send one command and return its reply, undecoded.
+
+        :param accept: tells whether a reply is the answer to this call. If it is
+            not, the connection has lost step, and with it goes the reply.
+        :param fallback: makes what is sent instead if the server does not know the script.
+        :param wait: so many replicas have to acknowledge within so many milliseconds.
+        :raise Unproven: if the reply was not accepted.
+        :raise SessionUnavailable: if too few replicas acknowledged.
+        """
+        connection = self._pool.get_connection(*self._take)
+        try:
+            try:
+                reply = self._exchange(connection, arguments, wait)
+            except Exception as error:
+                if fallback is None or not is_no_script(error):
+                    raise
+                reply = self._exchange(connection, fallback(), wait)
+            if accept is not None and not accept(reply):
+                raise Unproven("the reply answers another call")
+        except BaseException as error:
+            # Whatever breaks off between sending and reading, a killed greenlet too, leaves a reply
+            # behind that the connection's next user would take for its own (G16).
+            if not isinstance(error, Exception) or not _is_a(error, "ResponseError"):
+                connection.disconnect()
+            raise
+        finally:
+            self._pool.release(connection)
+        return reply
+
+    @staticmethod
+    def _exchange(connection: Any, arguments: Sequence[Argument], wait: tuple[int, int] | None) -> Any:
+        if wait is None:
+            connection.send_command(*arguments)
+            return connection.read_response(disable_decoding=True)
+        # WAIT speaks of the writes of its own connection, so it shares the write's.
+        connection.send_packed_command(connection.pack_commands([arguments, ("WAIT", *wait)]))
+        failed: Exception | None = None
+        reply = None
+        try:
+            reply = connection.read_response(disable_decoding=True)
+        except Exception as error:
+            if not _is_a(error, "ResponseError"):
+                raise
+            failed = error
+        acknowledged = connection.read_response(disable_decoding=True)
+        if failed is not None:
+            raise failed
+        if acknowledged < wait[0]:
+            raise SessionUnavailable(f"{acknowledged} of {wait[0]} replicas acknowledged within {wait[1]} ms")
+        return reply
+
+
+def connect(config: Config, name: str) -> Client:
+    """Build the client of this process; no connection is opened yet.
+
+    :param name: names the app, for its embedded server.
+    :raise ConfigurationError: if the kind of client or URL is not one that works here.
+    """
+    library = config.redis if config.redis is not None else _from_url(config, name)
+    if not hasattr(library, "connection_pool"):
+        raise ConfigurationError(
+            f"SESSION_REDIS is a {type(library).__name__}; expected a redis-py Redis,"
+            " a Sentinel's master_for(), or a valkey-py Valkey"
+        )
+    return Client(library)
+
+
+def _from_url(config: Config, name: str) -> redis.Redis:
+    url = config.redis_url
+    scheme, _, rest = url.partition("://")
+    if "+" in scheme:
+        raise ConfigurationError(
+            f"SESSION_REDIS_URL: {scheme}:// is not supported yet; expected redis://, rediss://,"
+            " unix:// or embedded://"
+        )
+    if scheme == "embedded":
+        directory = urlsplit(url).path or rest
+        url = f"unix://{embedded.start(embedded.directory_from(directory), name=name)}"
+    elif scheme in {"valkey", "valkeys"}:
+        url = ("rediss://" if scheme == "valkeys" else "redis://") + rest
+    options: dict[str, Any] = {"protocol": 2}
+    if "driver_info" in inspect.signature(redis.connection.AbstractConnection).parameters:
+        # Two round trips less for each new connection: the library's name is not announced.
+        options["driver_info"] = None
+    pool = redis.BlockingConnectionPool.from_url(
+        url,
+        max_connections=_MAX_CONNECTIONS,
+        timeout=config.redis_timeout,
+        socket_timeout=config.redis_timeout,
+        socket_connect_timeout=config.redis_timeout,
+        retry=Retry(NoBackoff(), 0),
+        **options,
+    )
+    return redis.Redis(connection_pool=pool)

@@ -1,0 +1,130 @@
+"""Deltas: what one request changed, as a value of its own.
+
+A delta is made by the session, sent by the store and laid over the snapshot
+that the commit replaced. It knows neither Redis nor Flask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+from .snapshot import Pair, Snapshot
+
+_NOTHING: Final[Mapping[bytes, Any]] = MappingProxyType({})
+
+
+class Check(IntEnum):
+    """What commit.lua does when somebody else changed a field since the base."""
+
+    #: Nothing: the request did not read it.
+    NONE = 0
+    #: Store it, and tell what it replaced.
+    REPORT = 1
+    #: Store nothing of the delta.
+    STRICT = 2
+
+
+class Put(NamedTuple):
+    """One field set."""
+
+    value: bytes
+    check: Check = Check.NONE
+    #: Milliseconds after which it disappears by itself, 0 for never.
+    ttl_ms: int = 0
+
+
+class Rotation(NamedTuple):
+    """A new secret for the session."""
+
+    #: Whether requests that are open now may still commit.
+    in_flight: bool = True
+
+
+class Change(NamedTuple):
+    """A new value of an attribute that may also be None."""
+
+    value: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one request changed.
+
+    :param base: the pair of the snapshot that it was made from, None for a blind write.
+    :param own: the write ids that this request itself has committed since the base.
+    """
+
+    base: Pair | None = None
+    own: tuple[bytes, ...] = ()
+    #: Hash field names to what they are set to.
+    sets: Mapping[bytes, Put] = field(default_factory=lambda: _NOTHING, repr=False)
+    #: Hash field names deleted.
+    deletes: Mapping[bytes, Check] = field(default_factory=lambda: _NOTHING)
+    #: Fields that were read and must not have changed either, None for all of them.
+    reads: frozenset[bytes] | None = frozenset()
+    cleared: bool = False
+    rotation: Rotation | None = None
+    #: New permanence, None for no change.
+    permanent: bool | None = None
+    #: New idle lifetime of its own in milliseconds, 0 for none any more, None for no change.
+    lifetime_ms: int | None = None
+    principal: Change | None = None
+    label: Change | None = None
+
+    def __bool__(self) -> bool:
+        """Whether anything changed."""
+        return bool(
+            self.sets
+            or self.deletes
+            or self.cleared
+            or self.rotation
+            or self.permanent is not None
+            or self.lifetime_ms is not None
+            or self.principal
+            or self.label
+        )
+
+    @property
+    def creates(self) -> bool:
+        """Whether it starts a session where there is none."""
+        return bool(self.sets or (self.principal and self.principal.value is not None))
+
+    def over(self, base: Snapshot | None, identity: bytes, state: bytes, now_ms: int) -> Snapshot:
+        """Return the snapshot that this delta makes of the one it replaced.
+
+        :param base: the snapshot replaced; None for a creation.
+        :param identity: ``@i`` as it now is.
+        :param state: ``@v`` as it now is.
+        :param now_ms: the moment of the commit, milliseconds of the server's clock.
+        """
+        if base is None or self.cleared:
+            fields: dict[bytes, bytes] = {}
+            deadlines: dict[bytes, int] = {}
+            lifetime_ms = principal = label = None
+        else:
+            fields = dict(base.fields)
+            deadlines = dict(base.deadlines)
+            lifetime_ms, principal, label = base.lifetime_ms, base.principal, base.label
+            for name, deadline in base.deadlines.items():
+                if deadline <= now_ms:
+                    fields.pop(name, None)
+                    del deadlines[name]
+        for name in self.deletes:
+            fields.pop(name, None)
+            deadlines.pop(name, None)
+        for name, put in self.sets.items():
+            fields[name] = put.value
+            deadlines.pop(name, None)
+            if put.ttl_ms:
+                deadlines[name] = now_ms + put.ttl_ms
+        if self.lifetime_ms is not None:
+            lifetime_ms = self.lifetime_ms or None
+        if self.principal:
+            principal = self.principal.value
+        if self.label:
+            label = self.label.value
+        return Snapshot(identity, state, fields, lifetime_ms, principal, label, deadlines)

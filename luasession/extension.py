@@ -1,0 +1,65 @@
+"""The Flask extension."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flask import current_app
+from flask.globals import request_ctx
+
+from .config import read_config
+from .interface import LuaSessionInterface
+from .session import LuaSession
+from .store import Store
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+
+class Session:
+    """Server-side sessions for a Flask app, configured by its ``SESSION_*`` settings.
+
+    ``Session(app)``, or ``Session().init_app(app)`` for app factories; one
+    extension serves several apps.
+
+    :param app: the app; its settings are read once, here.
+    :raise ConfigurationError: if a setting is wrong; the message names it.
+    """
+
+    def __init__(self, app: Flask | None = None) -> None:
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Use luasession for the sessions of an app.
+
+        :raise ConfigurationError: if a setting is wrong; the message names it.
+        """
+        config = read_config(app.config)
+        store = Store(config, app.root_path)
+        app.session_interface = LuaSessionInterface(app, config, store)
+        if "luasession" not in app.extensions:
+            app.teardown_request(_save_late)
+        app.extensions["luasession"] = Sessions(store)
+
+
+class Sessions:
+    """The sessions of an app from outside a request, as ``app.extensions["luasession"]``."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def stats(self) -> dict[str, int]:
+        """Return what happened in this process: see :class:`luasession.stats.Stats`."""
+        return self._store.stats.counts()
+
+
+def _save_late(_error: BaseException | None) -> None:
+    # What a streamed response changed after the session was saved (G15). Nobody is there to be told of a
+    # failure any more but the log.
+    session = request_ctx._session  # noqa: SLF001 - the public name marks the session as accessed
+    if isinstance(session, LuaSession) and session.used:
+        try:
+            session.save_late()
+        except Exception:
+            current_app.logger.exception("A change made while the response was sent was not stored")

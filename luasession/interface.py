@@ -1,0 +1,149 @@
+"""The session interface: a cookie in, a session, cookies out."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from flask.sessions import SessionInterface
+
+from .codec import make_serializer
+from .outcome import Standing
+from .policy import Policies
+from .session import LuaSession
+from .visit import Visit, now_ns
+
+if TYPE_CHECKING:
+    from blinker import NamedSignal
+    from flask import Flask
+    from flask.sessions import SessionMixin
+    from flask.wrappers import Request, Response
+
+    from .config import Config
+    from .store import Store
+
+
+class LuaSessionInterface(SessionInterface):
+    """Flask's way to luasession.
+
+    Opening a session costs nothing and asks nobody. Saving applies the delta; an
+    error that is met there becomes the response, by way of the app's error
+    handlers, and takes the place of what the view returned.
+    """
+
+    def __init__(self, app: Flask, config: Config, store: Store) -> None:
+        # Weakly: Flask promises that an app that nobody holds is freed.
+        self._app = weakref.ref(app)
+        self._config = config
+        self._store = store
+        self._serializer = make_serializer(config.serializer)
+        self._policies = Policies(config.conflict, config.merge)
+
+    def open_session(self, app: Flask, request: Request) -> LuaSession:
+        """Return a session that will read the request's cookie when it is first used."""
+        visit = Visit(
+            self._store,
+            self._config,
+            request,
+            self.get_cookie_name(app),
+            app.config,
+            now_ns(),
+        )
+        return LuaSession(visit, self._config, self._serializer, self._policies, self._notify)
+
+    def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
+        """Apply the delta and write the cookies that follow from it."""
+        if not isinstance(session, LuaSession):
+            return
+        if session.accessed:
+            response.vary.add("Cookie")
+        if not session.used:
+            return
+        try:
+            session.save()
+        except Exception as error:  # noqa: BLE001 - handed on to Flask, which knows what to do with each
+            # Out of here an exception would pass by the app's handlers for its class. One that none of
+            # them answers is raised again, and Flask makes a 500 of it.
+            _replace(response, app.make_response(app.handle_user_exception(error)))
+            if session.accessed:
+                response.vary.add("Cookie")
+        self._write_cookies(app, session, response)
+
+    def regenerate(self, session: LuaSession) -> None:
+        """Rotate the id of a session, as Flask-Session's interface does."""
+        session.regenerate()
+
+    def get_expiration_time(self, app: Flask, session: SessionMixin) -> datetime | None:
+        """Return when the browser may forget the cookie: never before the server does."""
+        seen = session.visit.seen if isinstance(session, LuaSession) else None
+        if seen is None:
+            return super().get_expiration_time(app, session)
+        if not seen.permanent:
+            return None
+        return datetime.now(UTC) + timedelta(milliseconds=seen.ends_ms - self._store.now_ms())
+
+    def _notify(self, signal: NamedSignal, **about: Any) -> None:
+        app = self._app()
+        if app is not None and signal.receivers:
+            signal.send(app, _async_wrapper=app.ensure_sync, **about)
+
+    def _write_cookies(self, app: Flask, session: LuaSession, response: Response) -> None:
+        visit = session.visit
+        name = self.get_cookie_name(app)
+        caching = self._config.cache_ttl is not None
+        attributes: dict[str, Any] = {
+            "domain": self.get_cookie_domain(app),
+            "path": self.get_cookie_path(app),
+            "secure": self.get_cookie_secure(app),
+            "httponly": self.get_cookie_httponly(app),
+            "samesite": self.get_cookie_samesite(app),
+        }
+        if self.get_cookie_partitioned(app):
+            attributes["partitioned"] = True
+        before = len(response.headers.getlist("Set-Cookie"))
+
+        if visit.ended:
+            for cookie in (name, f"{name}_v", f"{name}_o") if caching else (name,):
+                response.delete_cookie(cookie, **attributes)
+        elif visit.id is not None:
+            expires = self.get_expiration_time(app, session) if visit.seen else None
+            if self._is_id_due(app, visit):
+                response.set_cookie(name, visit.id.sid, expires=expires, **attributes)
+            if caching and visit.made is not None:
+                response.set_cookie(f"{name}_v", str(visit.made), expires=expires, **attributes)
+            if caching and visit.others_wrote:
+                window = math.ceil(self._config.cache_ttl or 0) + 1
+                response.set_cookie(f"{name}_o", "1", max_age=window, **attributes)
+
+        cookies = response.headers.getlist("Set-Cookie")
+        if len(cookies) > before:
+            # Ours first: whatever cuts a long list of headers off, it is not the session id.
+            response.headers.setlist("Set-Cookie", cookies[before:] + cookies[:before])
+            response.vary.add("Cookie")
+
+    @staticmethod
+    def _is_id_due(app: Flask, visit: Visit) -> bool:
+        """Whether the response carries the id.
+
+        An ordinary write never repeats it, so that its late answer cannot undo a rotation.
+        """
+        if visit.issued is not None:
+            return True
+        if visit.standing is not Standing.LIVE or visit.seen is None:
+            return False
+        refresh = visit.seen.permanent and app.config["SESSION_REFRESH_EACH_REQUEST"]
+        return visit.expiry_changed or bool(visit.refreshed and refresh)
+
+
+def _replace(response: Response, answer: Response) -> None:
+    """Lay one response over another, which is already on its way out."""
+    close = getattr(response.response, "close", None)
+    if close is not None:
+        answer.call_on_close(close)
+    response.response = answer.response
+    response.status = answer.status
+    response.headers = answer.headers
+    response.direct_passthrough = answer.direct_passthrough
+    response.call_on_close(answer.close)

@@ -1,0 +1,399 @@
+"""The ledger: what one request read and changed, on top of one snapshot.
+
+It is what a session is made of between the snapshot that came in and the delta
+that goes out, and knows neither Redis nor Flask. Everything that is read comes
+from one version, plus what the request itself has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from . import merge
+from .codec import Serializer, is_immutable
+from .delta import Check, Delta, Put
+from .errors import SessionConflict
+from .outcome import Applied, Conflicting
+from .policy import Policies
+from .snapshot import Pair, Snapshot, field_name, session_key
+
+
+class Conflict:
+    """One key in conflict, as ``session_conflict`` tells it."""
+
+    def __init__(self, key: str, base: Any, theirs: Any, ours: Any, outcome: Any, policy: Any) -> None:
+        self.key = key
+        self.base = base
+        self.theirs = theirs
+        self.ours = ours
+        self.outcome = outcome
+        self.policy = policy
+
+
+class Ledger:
+    """What one request read and changed.
+
+    :param load: returns the snapshot to work on; called once, when something is read.
+    :param corrupt: told of each key whose bytes do not decode, with the error.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Snapshot | None],
+        serializer: Serializer,
+        policies: Policies,
+        corrupt: Callable[[str, Exception], None],
+    ) -> None:
+        self._load = load
+        self._serializer = serializer
+        self._policies = policies
+        self._corrupt = corrupt
+        self._corrupt_keys: set[str] = set()
+        self._loaded = False
+        self._snapshot: Snapshot | None = None
+        self._now_ms = 0
+        self._base: Pair | None = None
+        self._own: tuple[bytes, ...] = ()
+        # Live values: what was read, and what was set.
+        self._values: dict[str, Any] = {}
+        # Of the mutable ones that came from the snapshot: the bytes that they had.
+        self._given: dict[str, bytes] = {}
+        # Assigned by this request, with the ttl in milliseconds (0: none).
+        self._sets: dict[str, int] = {}
+        self._deletes: set[str] = set()
+        # Keys whose stored value, or absence, this request knows of.
+        self._reads: set[str] = set()
+        self._read_all = False
+        self.cleared = False
+        #: Whether every key that is in conflict stops the commit, whatever its policy.
+        self.strict = False
+
+    # -- reading ------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot | None:
+        """Return the snapshot, loading it at the first time."""
+        if not self._loaded:
+            self.start_from(self._load())
+        return self._snapshot
+
+    def start_from(self, snapshot: Snapshot | None) -> None:
+        """Work on this snapshot, and load none."""
+        self._snapshot = snapshot
+        self._base = snapshot.pair if snapshot else None
+        self._loaded = True
+
+    @property
+    def position(self) -> tuple[Pair | None, tuple[bytes, ...]]:
+        """The base, and the write ids that this request has committed since."""
+        self.snapshot()
+        return self._base, self._own
+
+    @property
+    def loaded(self) -> Snapshot | None:
+        """The snapshot, if one has been loaded."""
+        return self._snapshot
+
+    def tick(self, now_ms: int) -> None:
+        """Set the moment by which keys with an end of their own are judged, once for the request."""
+        self._now_ms = now_ms
+
+    def get(self, key: str) -> Any:
+        """Return a value.
+
+        :raise KeyError: if the key is missing, or does not decode.
+        """
+        if key in self._values:
+            return self._values[key]
+        if key in self._deletes or self.cleared:
+            raise KeyError(key)
+        raw = self._stored(key)
+        if raw is None:
+            raise KeyError(key)
+        try:
+            value = self._serializer.loads(raw)
+        except Exception as error:
+            if key not in self._corrupt_keys:
+                self._corrupt_keys.add(key)
+                self._corrupt(key, error)
+            raise KeyError(key) from error
+        self._values[key] = value
+        if not is_immutable(value):
+            self._given[key] = raw
+        return value
+
+    def keys(self) -> Iterator[str]:
+        """Yield the keys that are there, stored ones first."""
+        stored: list[str] = []
+        if not self.cleared:
+            self._read_all = True
+            snapshot = self.snapshot()
+            if snapshot is not None:
+                stored = [
+                    key for name in snapshot.names(self._now_ms) if (key := session_key(name)) is not None
+                ]
+        for key in stored:
+            if key in self._deletes:
+                continue
+            if key not in self._sets:
+                try:
+                    self.get(key)
+                except KeyError:
+                    continue
+            yield key
+        held = set(stored)
+        yield from [key for key in self._sets if key not in held]
+
+    def _stored(self, key: str) -> bytes | None:
+        snapshot = self.snapshot()
+        self._reads.add(key)
+        return None if snapshot is None else snapshot.get(field_name(key), self._now_ms)
+
+    # -- changing -----------------------------------------------------------
+
+    def set(self, key: str, value: Any, ttl_ms: int = 0) -> None:
+        """Set a key, without reading anything."""
+        self._deletes.discard(key)
+        self._given.pop(key, None)
+        self._values[key] = value
+        self._sets[key] = ttl_ms
+
+    def delete(self, key: str) -> None:
+        """Delete a key.
+
+        :raise KeyError: if it is missing.
+        """
+        if key not in self._sets:
+            self.get(key)
+        self._sets.pop(key, None)
+        self._given.pop(key, None)
+        self._values.pop(key, None)
+        if not self.cleared:
+            self._deletes.add(key)
+
+    def clear(self) -> None:
+        """Delete everything, without reading anything."""
+        for part in (self._sets, self._given, self._values, self._deletes):
+            part.clear()
+        self.cleared = True
+
+    # -- the delta ----------------------------------------------------------
+
+    def delta(self) -> Delta:
+        """Return what changed.
+
+        :raise TypeError: if a value is of a type that cannot be stored; names the key.
+        """
+        sets: dict[bytes, Put] = {}
+        for key, ttl_ms in self._sets.items():
+            raw = self._encode(key, self._values[key])
+            if ttl_ms or not self._is_stored(key, raw):
+                sets[field_name(key)] = Put(raw, self._check(key), ttl_ms)
+        for key, given in self._given.items():
+            raw = self._encode(key, self._values[key])
+            if raw != given and raw != self._again(key, given):
+                sets[field_name(key)] = Put(raw, self._check(key), self._remaining(key))
+        deletes = {field_name(key): self._check(key) for key in self._deletes if self._may_hold(key)}
+        delta = Delta(self._base, self._own, sets, deletes, cleared=self.cleared)
+        if self._policies.serializable and self._base is not None and delta:
+            changed = sets.keys() | deletes.keys()
+            reads = None if self._read_all else frozenset(map(field_name, self._reads)) - changed
+            delta = replace(delta, reads=reads)
+        return delta
+
+    def is_pending(self, key: str) -> bool:
+        """Whether this request has changed a key and not committed it yet."""
+        if key in self._sets or key in self._deletes:
+            return True
+        given = self._given.get(key)
+        return given is not None and self._encode(key, self._values[key]) not in (
+            given,
+            self._again(key, given),
+        )
+
+    def delta_of(self, key: str) -> Delta:
+        """Return what changed about one key."""
+        delta, name = self.delta(), field_name(key)
+        sets = {name: delta.sets[name]} if name in delta.sets else {}
+        deletes = {name: delta.deletes[name]} if name in delta.deletes else {}
+        return replace(delta, sets=sets, deletes=deletes)
+
+    def whole(self, delta: Delta) -> Delta:
+        """Return a delta that sets all that this request sees, for a session of its own."""
+        if self._snapshot is None or delta.cleared:
+            return delta
+        sets = {
+            name: Put(raw)
+            for name in self._snapshot.names(self._now_ms)
+            if name not in delta.deletes and (raw := self._snapshot.fields[name])
+        }
+        return replace(delta, sets={**sets, **delta.sets}, deletes={})
+
+    def encoded(self, key: str) -> bytes:
+        """Return the bytes of a key's value, as this request has it."""
+        return self._encode(key, self._values[key])
+
+    def forget(self, key: str) -> None:
+        """Undo what this request did to a key."""
+        self._sets.pop(key, None)
+        self._values.pop(key, None)
+        self._given.pop(key, None)
+
+    def changed(self) -> bool:
+        """Whether there is anything in the delta."""
+        if self.cleared:
+            return True
+        try:
+            return bool(self.delta())
+        except (TypeError, ValueError):
+            return True
+
+    def _encode(self, key: str, value: Any) -> bytes:
+        try:
+            raw = self._serializer.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"session[{key!r}] cannot be stored: {error}") from error
+        if isinstance(raw, str):
+            raw = raw.encode("utf-8", "surrogatepass")
+        if not raw:
+            raise TypeError(f"session[{key!r}] cannot be stored: the serializer gave no bytes for it")
+        return raw
+
+    def _is_stored(self, key: str, raw: bytes) -> bool:
+        # Set to the value that it has, as read in this request: no change (G2).
+        if self.cleared or key not in self._reads or self._snapshot is None:
+            return False
+        name = field_name(key)
+        stored = self._snapshot.get(name, self._now_ms)
+        if stored is None or name in self._snapshot.deadlines:
+            return False
+        return raw in (stored, self._again(key, stored))
+
+    def _again(self, key: str, stored: bytes) -> bytes | None:
+        # Bytes of another writer, or of an older version, may differ for the same value.
+        try:
+            return self._encode(key, self._serializer.loads(stored))
+        except Exception:  # noqa: BLE001 - whatever a serializer of one's own raises
+            return None
+
+    def _may_hold(self, key: str) -> bool:
+        # What is known to be missing need not be deleted.
+        if not self._loaded:
+            return True
+        return self._snapshot is not None and field_name(key) in self._snapshot.fields
+
+    def _remaining(self, key: str) -> int:
+        # Changed in place, a key keeps the end that it was given.
+        deadline = self._snapshot.deadlines.get(field_name(key)) if self._snapshot else None
+        return max(deadline - self._now_ms, 1) if deadline else 0
+
+    def _check(self, key: str) -> Check:
+        if key not in self._reads or self._base is None or self.cleared:
+            return Check.NONE
+        return Check.STRICT if self.strict else self._policies.check(key)
+
+    # -- conflicts ----------------------------------------------------------
+
+    def conflicts(self, ours: Delta, current: Mapping[bytes, bytes | None]) -> list[Conflict]:
+        """Return the changed keys that others have really changed too, with what each side made of them.
+
+        :param ours: what this request changed.
+        :param current: what is stored now, or was until ours replaced it.
+        """
+        found = []
+        for name, theirs in current.items():
+            key = session_key(name)
+            base = self._snapshot.fields.get(name) if self._snapshot else None
+            if key is None or theirs == base or not (name in ours.sets or name in ours.deletes):
+                continue
+            put = ours.sets.get(name)
+            value = self.decoded(put.value if put else None)
+            policy = "raise" if self.strict else self._policies.of(key)
+            found.append(Conflict(key, self.decoded(base), self.decoded(theirs), value, value, policy))
+        return found
+
+    def resolve(self, delta: Delta, conflicting: Conflicting, found: Iterable[Conflict]) -> Delta:
+        """Return the delta that is to be sent next, on top of what is now stored.
+
+        :param delta: what was sent last.
+        :param found: the conflicts of this request's own delta with what is now stored.
+        :raise SessionConflict: if a policy says so.
+        """
+        changed = delta.sets.keys() | delta.deletes.keys()
+        refused = {
+            session_key(name) or ""
+            for name in conflicting.current
+            if name not in changed or not self._may_go_on(name, delta)
+        }
+        if conflicting.everything:
+            refused |= {session_key(name) or "" for name in changed}
+        if refused:
+            raise SessionConflict(refused)
+        sets, deletes = dict(delta.sets), dict(delta.deletes)
+        for conflict in found:
+            if callable(conflict.policy):
+                self._merge(conflict, sets, deletes)
+        return replace(delta, base=conflicting.pair, own=(), sets=sets, deletes=deletes)
+
+    def _may_go_on(self, name: bytes, delta: Delta) -> bool:
+        check = delta.sets[name].check if name in delta.sets else delta.deletes[name]
+        return check is not Check.STRICT or (
+            not self.strict and callable(self._policies.of(session_key(name) or ""))
+        )
+
+    def _merge(self, conflict: Conflict, sets: dict[bytes, Put], deletes: dict[bytes, Check]) -> None:
+        name = field_name(conflict.key)
+        conflict.outcome = conflict.policy(conflict.base, conflict.theirs, conflict.ours)
+        if conflict.outcome is merge.MISSING:
+            sets.pop(name, None)
+            deletes[name] = Check.STRICT
+        else:
+            ttl_ms = sets[name].ttl_ms if name in sets else 0
+            deletes.pop(name, None)
+            sets[name] = Put(self._encode(conflict.key, conflict.outcome), Check.STRICT, ttl_ms)
+
+    def decoded(self, raw: bytes | None) -> Any:
+        """Return the value of stored bytes, ``merge.MISSING`` for none or for what does not decode."""
+        if raw is None:
+            return merge.MISSING
+        try:
+            return self._serializer.loads(raw)
+        except Exception:  # noqa: BLE001 - whatever a serializer of one's own raises
+            return merge.MISSING
+
+    # -- afterwards ---------------------------------------------------------
+
+    def settle(self, delta: Delta, applied: Applied, *, created: bool) -> None:
+        """Go on after a commit: this request's own changes are now part of what it sees.
+
+        Those of others are not, so that all that is read is still of one version. Values that were
+        handed out keep the bytes that they were handed out with, or were committed with.
+        """
+        if created or delta.cleared or self._loaded:
+            base = None if created else self._snapshot
+            self._snapshot = delta.over(base, applied.identity, applied.state, applied.now_ms)
+            self._loaded = True
+        # Whoever commits on top of the version that he has read has seen everything up to his own.
+        if created or delta.cleared or applied.replaced == self._base:
+            self._base, self._own = applied.pair, ()
+        elif self._base is not None:
+            self._own = (*self._own, applied.pair.write_id)
+        for name, put in delta.sets.items():
+            key = session_key(name) or ""
+            if key not in self._values:
+                continue
+            if not self._still(key, put.value):
+                # Merged with what somebody else stored: it is read afresh.
+                del self._values[key]
+                self._given.pop(key, None)
+            elif not is_immutable(self._values[key]):
+                self._given[key] = put.value
+            self._sets.pop(key, None)
+        for name in delta.deletes:
+            self._deletes.discard(session_key(name) or "")
+        if delta.cleared:
+            self.cleared = False
+
+    def _still(self, key: str, raw: bytes) -> bool:
+        return self._encode(key, self._values[key]) == raw

@@ -1,0 +1,73 @@
+"""Outcomes: what a load or a commit came to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from .snapshot import Pair, Snapshot
+
+
+class Standing(Enum):
+    """How a request stands to the session that its id names."""
+
+    #: The session is there, under its current secret.
+    LIVE = "live"
+    #: Under a secret that was rotated away while this request was open: it may commit.
+    FORMER = "former"
+    #: There is no such session.
+    MISSING = "missing"
+    #: It ended, or was cleared, while this request was open.
+    GONE = "gone"
+    #: Under a secret that was rotated away: nothing may be read or written.
+    STALE = "stale"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a load found."""
+
+    standing: Standing
+    snapshot: Snapshot | None = None
+    #: Whether this call refreshed the TTL.
+    touched: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """A commit was applied."""
+
+    pair: Pair
+    #: The pair that it replaced; the write id is empty where that is no longer known.
+    replaced: Pair
+    #: Whether the secret was a former one: no cookie, no cache entry.
+    former: bool
+    #: The metadata ``@i`` and ``@v`` as they now are.
+    identity: bytes = field(repr=False)
+    state: bytes = field(repr=False)
+    touched: bool
+    expiry_changed: bool
+    now_ms: int
+    #: Fields that were changed by others since the base, and what this commit replaced there.
+    report: Mapping[bytes, bytes | None] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Conflicting:
+    """Nothing was applied: strict fields have been changed by others."""
+
+    #: The pair that the values are of.
+    pair: Pair
+    current: Mapping[bytes, bytes | None] = field(repr=False)
+    #: Whether any field at all counts, and one has changed.
+    everything: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Nothing was applied: the session is not there for this request."""
+
+    standing: Standing
+    #: Whether the request was open before the rotation that it stumbled over.
+    was_open: bool = False

@@ -1,0 +1,547 @@
+"""The session that a view works with."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from flask.sessions import SessionMixin
+
+from . import merge, signals
+from .config import milliseconds
+from .delta import Change, Check, Delta, Put, Rotation
+from .errors import ConfigurationError, SessionConflict, SessionGone
+from .ledger import Conflict, Ledger
+from .outcome import Applied, Conflicting, Refused, Standing
+from .snapshot import Pair, field_name, session_key
+
+if TYPE_CHECKING:
+    from blinker import NamedSignal
+
+    from .codec import Serializer
+    from .config import Config
+    from .policy import Policies
+    from .snapshot import Snapshot
+    from .visit import Visit
+
+# Merge rounds go on until the deadline, but never fewer than that.
+_ROUNDS = 64
+# Seconds, at most, before another round.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
+
+
+class LuaSession(SessionMixin):
+    """A Flask session that sends what one request changed.
+
+    A mapping with str keys. It is lazy: opening it costs nothing, setting a key
+    reads nothing, and the first read loads one snapshot, which all later reads
+    of the request are served from. A mutable value that was handed out is
+    compared with what it was, so ``session["cart"].append(1)`` counts without
+    ``session.modified = True``.
+    """
+
+    def __init__(
+        self,
+        visit: Visit,
+        config: Config,
+        serializer: Serializer,
+        policies: Policies,
+        notify: Callable[..., None],
+    ) -> None:
+        self._visit = visit
+        self._config = config
+        self._serializer = serializer
+        self._policies = policies
+        self._notify = notify
+        self._used = False
+        self._modified: bool | None = None
+        self._committed = False
+        self._created = False
+        self._strict = False
+        self._saved = False
+        self._failed = False
+        self._destroyed = False
+        self._start()
+
+    def _start(self) -> None:
+        self._ledger = Ledger(self._load, self._serializer, self._policies, self._corrupt)
+        self._ledger.strict = self._strict
+        self._rotation: Rotation | None = None
+        self._permanent: bool | None = None
+        self._lifetime: int | None = None
+        self._principal: Change | None = None
+        self._label: Change | None = None
+
+    def _load(self) -> Snapshot | None:
+        self._used = True
+        if self._destroyed:
+            return None
+        try:
+            snapshot = self._visit.load()
+        except Exception:
+            # What could not be read cannot be built on: nothing of this request is stored.
+            self._failed = True
+            raise
+        self._ledger.tick(self._visit.now_ms)
+        return snapshot
+
+    def _corrupt(self, key: str, error: Exception) -> None:
+        self._notify(signals.session_corrupt, handle=self._handle, key=key, error=error)
+
+    @property
+    def _handle(self) -> str | None:
+        return self._visit.id.handle if self._visit.id else None
+
+    # -- the mapping --------------------------------------------------------
+
+    def __getitem__(self, key: str) -> Any:
+        return self._ledger.get(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.set(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        self._used = True
+        self._ledger.delete(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._ledger.keys()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __bool__(self) -> bool:
+        return any(True for _ in self)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._visit.presented_handle or 'new'}>"
+
+    def set(self, key: str, value: Any, ttl: float | timedelta | None = None) -> None:
+        """Set a key that disappears by itself.
+
+        :param ttl: seconds or a timedelta after which it does; None for never.
+            Setting the key again without one makes it stay.
+        :raise TypeError: if the key is not a str.
+        :raise ValueError: if ``ttl`` is not a positive time.
+        """
+        if not isinstance(key, str):
+            raise TypeError(f"a session key must be a str, not {type(key).__name__}: {key!r}")
+        ttl_ms = 0 if ttl is None else _milliseconds(ttl, "ttl", at_least=1)
+        self._used = True
+        self._may_still_start()
+        self._ledger.set(key, value, ttl_ms)
+
+    def clear(self) -> None:
+        """Delete all keys; ends principal, label, lifetime and permanence too.
+
+        With nothing set after it the session is destroyed at the end of the request.
+        """
+        self._used = True
+        self._ledger.clear()
+        self._permanent = self._config.permanent
+        self._lifetime = 0
+        self._principal = self._label = Change(None)
+
+    # -- attributes ---------------------------------------------------------
+
+    @property
+    def _snapshot(self) -> Snapshot | None:
+        return self._ledger.snapshot()
+
+    @property
+    def sid(self) -> str | None:
+        """The session id that the cookie carries; secret. None until the session exists."""
+        return self._visit.id.sid if self._snapshot and self._visit.id else None
+
+    @property
+    def handle(self) -> str | None:
+        """The name of the session, which may be logged; None until the session exists."""
+        return self._handle if self._snapshot else None
+
+    @property
+    def version(self) -> int:
+        """How many commits the session has seen; 0 until it exists."""
+        return self._snapshot.version if self._snapshot else 0
+
+    @property
+    def created_at(self) -> datetime | None:
+        """When the session was created, in UTC; None until it exists."""
+        if self._snapshot is None:
+            return None
+        return datetime.fromtimestamp(self._snapshot.created_ms / 1000, UTC)
+
+    @property
+    def new(self) -> bool:  # type: ignore[override]
+        """Whether there was no session when this request began."""
+        return self._created or self._snapshot is None
+
+    @property
+    def modified(self) -> bool:  # type: ignore[override]
+        """Whether this request changed anything, nested values included.
+
+        Assigning it changes only what it reads back.
+        """
+        if self._modified is not None:
+            return self._modified
+        pending = any(
+            change is not None
+            for change in (self._rotation, self._permanent, self._lifetime, self._principal, self._label)
+        )
+        return self._committed or self._destroyed or pending or self._ledger.changed()
+
+    @modified.setter
+    def modified(self, value: bool) -> None:
+        self._modified = value
+
+    @property
+    def permanent(self) -> bool:
+        """Whether the browser keeps the session over its own end."""
+        if self._permanent is not None:
+            return self._permanent
+        return self._snapshot.permanent if self._snapshot else self._config.permanent
+
+    @permanent.setter
+    def permanent(self, value: bool) -> None:
+        self._used = True
+        self._permanent = bool(value)
+
+    @property
+    def lifetime(self) -> timedelta | None:
+        """The idle lifetime of this session, None where ``PERMANENT_SESSION_LIFETIME`` counts.
+
+        Takes seconds too.
+        """
+        stored = self._snapshot.lifetime_ms if self._lifetime is None and self._snapshot else self._lifetime
+        return timedelta(milliseconds=stored) if stored else None
+
+    @lifetime.setter
+    def lifetime(self, value: float | timedelta | None) -> None:
+        self._used = True
+        self._lifetime = 0 if value is None else _milliseconds(value, "lifetime", at_least=1)
+
+    @property
+    def principal(self) -> str | None:
+        """The user that the session belongs to, for "log out everywhere"."""
+        if self._principal:
+            return self._principal.value
+        return self._snapshot.principal if self._snapshot else None
+
+    @principal.setter
+    def principal(self, value: str | None) -> None:
+        self._used = True
+        self._principal = Change(_text(value, "principal"))
+        if value is not None:
+            self._may_still_start()
+
+    @property
+    def label(self) -> str | None:
+        """What the app calls this session, say the name of a device."""
+        if self._label:
+            return self._label.value
+        return self._snapshot.label if self._snapshot else None
+
+    @label.setter
+    def label(self, value: str | None) -> None:
+        self._used = True
+        self._label = Change(_text(value, "label"))
+
+    # -- what is done to the session ----------------------------------------
+
+    def regenerate(self, in_flight: bool = True) -> None:
+        """Replace the secret at the end of the request; the data stays.
+
+        To be done whenever rights change, against session fixation (OWASP Session
+        Management Cheat Sheet, "Renew the Session ID After Any Privilege Level Change").
+
+        :param in_flight: whether requests that are open now may still commit.
+        :raise RuntimeError: once the response has been sent.
+        """
+        if self._saved:
+            raise RuntimeError("the response has been sent: the session id cannot be replaced any more")
+        self._used = True
+        self._rotation = Rotation(in_flight and (self._rotation is None or self._rotation.in_flight))
+
+    def destroy(self) -> None:
+        """End the session on the server and in the browser, at the end of the request.
+
+        What is set afterwards starts a new session.
+        """
+        self._used = True
+        self._start()
+        self._destroyed = True
+
+    def commit(self) -> None:
+        """Apply the delta now, and go on.
+
+        :raise SessionConflict: if a policy says so.
+        :raise SessionGone: if the session has ended, or was rotated away.
+        :raise SessionUnavailable: if Redis does not answer within the deadline.
+        :raise TypeError: if a value is of a type that cannot be stored.
+        """
+        self._finish(self._apply())
+
+    def reload(self) -> None:
+        """Forget local changes and read the newest snapshot.
+
+        Values that were handed out before are detached: changing them has no effect.
+        """
+        self._used = True
+        self._destroyed = False
+        self._start()
+        self._ledger.start_from(self._visit.reload())
+        self._ledger.tick(self._visit.now_ms)
+
+    def atomic_update(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
+        """Replace a value by what a function makes of it, exactly, under any concurrency.
+
+        The function runs again until its result was stored on the very value that it
+        was given, so it must do nothing but compute. It is stored at once.
+
+        :param default: what the function gets where the key is missing.
+        :return: the value stored.
+        :raise SessionConflict: if it did not succeed within ``SESSION_REDIS_DEADLINE``.
+        :raise SessionGone: if the session has ended, or was rotated away.
+        """
+        if self._destroyed or self._ledger.cleared:
+            self.commit()
+        if self._ledger.is_pending(key):
+            # On top of this request's own change, which decides about the key as it would anyway.
+            self._ledger.set(key, function(self._ledger.get(key)))
+            self._finish(self._commit(self._ledger.delta_of(key)))
+            return self._ledger.get(key)
+        name = field_name(key)
+
+        def stored_on(given: Any, base: Pair | None, own: tuple[bytes, ...] = ()) -> Delta:
+            self._ledger.set(key, function(given))
+            raw = self._ledger.encoded(key)
+            return Delta(base, own, {name: Put(raw, Check.STRICT if base else Check.NONE)})
+
+        def again(_delta: Delta, conflicting: Conflicting) -> Delta:
+            given = self._ledger.decoded(conflicting.current.get(name))
+            return stored_on(default if given is merge.MISSING else given, conflicting.pair)
+
+        given = self.get(key, default)
+        try:
+            delta, result = self._send(stored_on(given, *self._ledger.position), again)
+        except Exception:
+            self._ledger.forget(key)
+            raise
+        if isinstance(result, Applied):
+            self._settle(delta, result)
+            return self._ledger.get(key)
+        self._finish(result)
+        raise AssertionError("unreachable")
+
+    # -- the end of the request, for the interface --------------------------
+
+    @property
+    def used(self) -> bool:
+        """Whether this request has read or changed anything."""
+        return self._used
+
+    @property
+    def visit(self) -> Visit:
+        """What this request has had to do with the store."""
+        return self._visit
+
+    def save(self) -> None:
+        """Apply what is left at the end of the request; a delta without a session is dropped.
+
+        :raise SessionConflict: if a policy says so.
+        :raise SessionUnavailable: if Redis does not answer within the deadline.
+        :raise TypeError: if a value is of a type that cannot be stored.
+        """
+        self._saved = True
+        if self._failed or not self._used:
+            return
+        try:
+            refused = self._apply()
+        except Exception:
+            self._failed = True
+            raise
+        finally:
+            # The response goes out now: an id made later would never reach the browser.
+            self._visit.close()
+        if refused is not None:
+            self._discard(refused)
+        elif self._ledger.loaded is not None:
+            self._visit.touch(self._ledger.loaded)
+
+    def save_late(self) -> None:
+        """Apply what was changed after :meth:`save`, while the response was sent (G15)."""
+        if self._saved and self._used and not self._failed and self._ledger.changed():
+            self.save()
+
+    def _may_still_start(self) -> None:
+        if self._saved and self._visit.id is None:
+            raise RuntimeError("the response has been sent: a session cannot be started any more")
+
+    def _apply(self) -> Refused | None:
+        ended = self._destroyed
+        if ended:
+            self._end()
+        delta = self._delta()
+        if delta.cleared and not delta.creates and self._visit.id is not None:
+            self._end()
+            return None
+        if not delta:
+            return None
+        return self._commit(delta)
+
+    def _end(self) -> None:
+        handle = self._handle
+        self._committed = True
+        if self._visit.destroy():
+            self._notify(signals.session_destroyed, handle=handle)
+        self._destroyed = False
+        if self._ledger.cleared:
+            self._start()
+        self._ledger.start_from(None)
+
+    def _delta(self) -> Delta:
+        delta = self._ledger.delta()
+        exists = self._visit.id is not None
+        attributes: dict[str, Any] = {
+            "rotation": self._rotation if exists else None,
+            "permanent": self._permanent,
+            "lifetime_ms": self._lifetime,
+            "principal": self._principal,
+            "label": self._label,
+        }
+        if exists and not delta.cleared and any(value is not None for value in attributes.values()):
+            # Never blind: set to what is stored, they change nothing. What rides on other changes anyway
+            # need not be compared, except for the principal, whose index entry moves with it.
+            if not delta or self._principal:
+                self._drop_unchanged(attributes)
+        changes = {name: value for name, value in attributes.items() if value is not None}
+        return replace(delta, **changes) if changes else delta
+
+    def _drop_unchanged(self, attributes: dict[str, Any]) -> None:
+        snapshot = self._snapshot
+        if snapshot is None:
+            return
+        stored = {
+            "permanent": snapshot.permanent,
+            "lifetime_ms": snapshot.lifetime_ms or 0,
+            "principal": Change(snapshot.principal),
+            "label": Change(snapshot.label),
+        }
+        for name, value in stored.items():
+            if attributes[name] == value:
+                attributes[name] = None
+
+    def _send(
+        self, delta: Delta, resolve: Callable[[Delta, Conflicting], Delta]
+    ) -> tuple[Delta, Applied | Refused]:
+        """Commit, again and again with what is made of each conflict."""
+        started = time.monotonic()
+        longest = _FIRST_PAUSE
+        for rounds in count(1):
+            result = self._visit.commit(delta)
+            if not isinstance(result, Conflicting):
+                return delta, result
+            delta = resolve(delta, result)
+            self._visit.count("merges")
+            if rounds >= _ROUNDS and time.monotonic() - started > self._config.redis_deadline:
+                raise SessionConflict([key for name in result.current if (key := session_key(name))])
+            time.sleep(random.uniform(0, longest))  # noqa: S311 - jitter, no secret
+            longest = min(longest * 2, _LONGEST_PAUSE)
+        raise AssertionError("unreachable")
+
+    def _commit(self, ours: Delta) -> Refused | None:
+        conflicts: dict[str, Conflict] = {}
+
+        def resolve(delta: Delta, conflicting: Conflicting) -> Delta:
+            found = self._ledger.conflicts(ours, conflicting.current)
+            try:
+                merged = self._ledger.resolve(delta, conflicting, found)
+            except SessionConflict:
+                self._report(found, refused=True)
+                raise
+            conflicts.update({conflict.key: conflict for conflict in found})
+            return merged
+
+        delta, result = self._send(ours, resolve)
+        if isinstance(result, Refused):
+            if result.standing is Standing.STALE and ours.rotation:
+                return self._own_session(ours, result)
+            return None if result.standing is Standing.MISSING and not ours.creates else result
+        found = self._ledger.conflicts(ours, result.report)
+        conflicts.update({conflict.key: conflict for conflict in found})
+        self._settle(delta, result)
+        self._report(conflicts.values(), refused=False)
+        return None
+
+    def _own_session(self, ours: Delta, refused: Refused) -> Refused | None:
+        # The second click of a double log-in: a session of its own, cookie included (G8).
+        delta = self._ledger.whole(ours) if refused.was_open else ours
+        result = self._visit.create(replace(delta, base=None, own=(), rotation=None))
+        if isinstance(result, Refused):
+            return refused
+        self._settle(delta, result)
+        return None
+
+    def _finish(self, refused: Refused | None) -> None:
+        if refused is not None:
+            self._discard(refused)
+            raise SessionGone(f"the session is {refused.standing.value}; nothing was stored")
+
+    def _settle(self, delta: Delta, applied: Applied) -> None:
+        created = applied.pair.version == 1
+        self._committed = True
+        self._created = self._created or created
+        self._ledger.settle(delta, applied, created=created)
+        if delta.rotation:
+            self._rotation = None
+        if delta.permanent is not None:
+            self._permanent = None
+        if delta.lifetime_ms is not None:
+            self._lifetime = None
+        if delta.principal:
+            self._principal = None
+        if delta.label:
+            self._label = None
+        signal: NamedSignal = signals.session_created if created else signals.session_committed
+        self._notify(signal, handle=self._handle, version=applied.pair.version)
+        if delta.rotation:
+            self._notify(signals.session_rotated, handle=self._handle, version=applied.pair.version)
+
+    def _report(self, conflicts: Iterable[Conflict], *, refused: bool) -> None:
+        for conflict in conflicts:
+            self._visit.count("conflicts")
+            self._notify(
+                signals.session_conflict,
+                handle=self._handle,
+                key=conflict.key,
+                base=conflict.base,
+                theirs=conflict.theirs,
+                ours=conflict.ours,
+                outcome=conflict.theirs if refused else conflict.outcome,
+                policy=conflict.policy,
+            )
+
+    def _discard(self, refused: Refused) -> None:
+        self._visit.count("discards")
+        self._notify(
+            signals.session_discarded, handle=self._visit.presented_handle, reason=refused.standing.value
+        )
+        self._start()
+        self._ledger.start_from(None)
+
+
+def _milliseconds(value: float | timedelta, name: str, at_least: int) -> int:
+    try:
+        return milliseconds(value, name, at_least)
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from None
+
+
+def _text(value: Any, name: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"session.{name} must be a str or None, not {type(value).__name__}")
+    return value

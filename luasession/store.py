@@ -1,0 +1,522 @@
+"""The store: sessions in Redis, each call sent, proven and made a result.
+
+Nothing else in luasession talks to Redis. Replies of the scripts become
+results and exceptions here and nowhere else; a snapshot that was loaded or
+made by a commit goes into the cache of the process on its way.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, TypeVar
+
+from .cache import Entry, SnapshotCache
+from .client import Argument, Client, Patience, connect, is_known, is_passing, unavailable
+from .config import Config
+from .delta import Change, Delta
+from .errors import CorruptSession, LuaSessionError, SessionTooLarge, SessionUnavailable
+from .ids import SessionId, new_write_id, same_digest
+from .outcome import Applied, Conflicting, Loaded, Refused, Standing
+from .scripts import Code, script
+from .snapshot import Pair, Snapshot, read_changes, read_hash
+from .stats import Stats
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The request behind a call.
+
+    :param opened: the monotonic nanosecond at which it opened its session.
+    :param lifetime_ms: idle lifetime of sessions that have none of their own.
+    """
+
+    opened: int
+    lifetime_ms: int
+    patience: Patience
+
+
+class _Process:
+    """What belongs to one process: a fork starts afresh with its own."""
+
+    def __init__(self, config: Config) -> None:
+        self.pid = os.getpid()
+        self.lock = Lock()
+        self.client: Client | None = None
+        self.cache = SnapshotCache(config.cache_bytes)
+        self.stats = Stats()
+        #: Microseconds of the server's clock less those of the monotonic clock here.
+        self.clock_offset: int | None = None
+
+
+class Store:
+    """Sessions in Redis.
+
+    :param name: names the app, for its embedded server.
+    """
+
+    def __init__(self, config: Config, name: str) -> None:
+        self._config = config
+        self._name = name
+        self._process = _Process(config)
+        replicas = config.wait_replicas
+        self._wait = (replicas, config.wait_timeout_ms) if replicas else None
+
+    # -- reading ------------------------------------------------------------
+
+    def trusted(self, session_id: SessionId, hint: int, caller: Caller) -> Snapshot | None:
+        """Return the cached snapshot if it needs no confirmation (G9, G10).
+
+        :param hint: the version that the browser has seen made, 0 if none.
+        """
+        if self._config.cache_ttl is None:
+            return None
+        here = self._here
+        entry = here.cache.get(session_id)
+        if entry is None:
+            return None
+        window = self._config.trust_seconds(entry.snapshot.lifetime_ms or caller.lifetime_ms)
+        if (
+            entry.snapshot.version < hint
+            or time.monotonic_ns() - entry.sent >= window * 1e9
+            or entry.snapshot.ends_ms <= self.now_ms()
+        ):
+            return None
+        here.stats.add("cache_hits")
+        return entry.snapshot
+
+    def load(self, session_id: SessionId, caller: Caller) -> Loaded:
+        """Read a session; only what changed, where an older snapshot is cached.
+
+        :raise SessionUnavailable: if Redis does not answer within the deadline.
+        :raise CorruptSession: if what is stored is not a session of a known format.
+        """
+        here = self._here
+        here.stats.add("loads")
+        entry = None if self._config.cache_ttl is None else here.cache.get(session_id)
+        if entry is None:
+            snapshot = self._read_whole(session_id, caller)
+            if snapshot is not None:
+                return Loaded(Standing.LIVE, snapshot)
+        return self._load(session_id, session_id.digest, caller, entry)
+
+    def load_current(self, handle: str, caller: Caller) -> Loaded:
+        """Read a session by its handle alone, for calls from outside a request."""
+        return self._load(SessionId(handle, ""), b"", caller, None)
+
+    def _read_whole(self, session_id: SessionId, caller: Caller) -> Snapshot | None:
+        # A plain HGETALL: Lua builds the same reply at several times the server's CPU. It proves itself
+        # by the digest in it; without that it proves nothing, and load.lua is asked (G16).
+        key = self._key(session_id.handle)
+
+        def send(sent: int, _first: int) -> Snapshot | None:
+            reply = self._client.call(b"HGETALL", key, accept=_is_hash)
+            if not isinstance(reply, dict):
+                pairs = iter(reply)
+                reply = dict(zip(pairs, pairs, strict=True))
+            identity = reply.get(b"@i")
+            if identity is None or not same_digest(identity[1:33], session_id.digest):
+                return None
+            snapshot = read_hash(reply)
+            self._here.stats.add("bytes", snapshot.size)
+            self._remember(session_id.handle, snapshot, sent)
+            return snapshot
+
+        return self._persist(caller, send)
+
+    def _load(self, session_id: SessionId, digest: bytes, caller: Caller, entry: Entry | None) -> Loaded:
+        here = self._here
+        base = entry.snapshot if entry else None
+        lifetime_ms = (base and base.lifetime_ms) or caller.lifetime_ms
+
+        def send(sent: int, _first: int) -> tuple[int, list[Any]]:
+            return sent, self._run(
+                "load",
+                session_id.handle,
+                new_write_id(),
+                sent,
+                digest,
+                (sent - caller.opened) // 1000,
+                base.version if base else b"",
+                base.pair.write_id if base else b"",
+                caller.lifetime_ms,
+                self._config.touch_ms(lifetime_ms),
+                self._config.grace_ms,
+            )
+
+        sent, (code, _id, _now, *rest) = self._persist(caller, send)
+        if code not in _SNAPSHOTS:
+            here.cache.drop(session_id.handle)
+            return Loaded(_standing(code))
+        identity, state, former, touched, *items = rest
+        if code == Code.UNCHANGED and base:
+            snapshot = base.at(identity, state)
+        elif code == Code.CHANGED and base:
+            snapshot = read_changes(base, (identity, state, *items))
+            here.stats.add("bytes", sum(len(item) for item in items if item))
+        else:
+            pairs = iter(items)
+            snapshot = read_hash(dict(zip(pairs, pairs, strict=True)))
+            here.stats.add("bytes", snapshot.size)
+        if former:
+            return Loaded(Standing.FORMER, snapshot, bool(touched))
+        if digest:
+            self._remember(session_id.handle, snapshot, sent)
+        return Loaded(Standing.LIVE, snapshot, bool(touched))
+
+    # -- writing ------------------------------------------------------------
+
+    def commit(
+        self,
+        session_id: SessionId,
+        delta: Delta,
+        caller: Caller,
+        *,
+        rotate_to: SessionId | None = None,
+    ) -> Applied | Conflicting | Refused:
+        """Apply a delta to a session that is there.
+
+        :param rotate_to: the id that it has afterwards, if the delta rotates.
+        :raise SessionTooLarge: if it would outgrow ``SESSION_MAX_BYTES``.
+        :raise SessionUnavailable: if Redis does not answer within the deadline, or
+            answers that whether the commit was applied is no longer known.
+        """
+        return self._commit(session_id.handle, session_id.digest, delta, caller, rotate_to)
+
+    def commit_current(self, handle: str, delta: Delta, caller: Caller) -> Applied | Conflicting | Refused:
+        """Apply a delta under whatever secret is current, for calls from outside a request."""
+        return self._commit(handle, b"", delta, caller)
+
+    def create(self, session_id: SessionId, delta: Delta, caller: Caller) -> Applied | Refused:
+        """Start a session with a delta.
+
+        :raise SessionTooLarge: if it would be over ``SESSION_MAX_BYTES``.
+        :raise SessionUnavailable: as for :meth:`commit`.
+        """
+        result = self._commit(session_id.handle, session_id.digest, delta, caller, create=True)
+        if isinstance(result, Conflicting):
+            raise SessionUnavailable("a new session cannot be in conflict")
+        return result
+
+    def _commit(
+        self,
+        handle: str,
+        digest: bytes,
+        delta: Delta,
+        caller: Caller,
+        rotate_to: SessionId | None = None,
+        *,
+        create: bool = False,
+    ) -> Applied | Conflicting | Refused:
+        config = self._config
+        write_id = new_write_id()
+        base = delta.base
+        sets = _pack_sets(delta)
+        fixed: tuple[Argument, ...] = (
+            int(create),
+            base.version if base else b"",
+            base.write_id if base else b"",
+            b"".join(own[:4] for own in delta.own),
+            sets,
+            b"".join(_pack_check(name, check) for name, check in delta.deletes.items()),
+            b"*" if delta.reads is None else b"".join(map(_pack_name, delta.reads)),
+            int(delta.cleared),
+            rotate_to.digest if rotate_to else b"",
+            int(delta.rotation.in_flight) if delta.rotation else 1,
+            caller.lifetime_ms,
+            config.absolute_ms or 0,
+            config.grace_ms,
+            config.touch_ms(caller.lifetime_ms),
+            config.max_bytes,
+            b"" if delta.permanent is None else int(delta.permanent),
+            b"" if delta.lifetime_ms is None else delta.lifetime_ms,
+            _pack_change(delta.principal),
+            _pack_change(delta.label),
+        )
+
+        def send(sent: int, first: int) -> tuple[int, list[Any]]:
+            return sent, self._run(
+                "commit",
+                handle,
+                write_id,
+                sent,
+                digest,
+                (sent - caller.opened) // 1000,
+                # Marked as sent again: not found in the ring, it may have been applied all the same.
+                max((sent - first) // 1000, 1) if sent != first else 0,
+                *fixed,
+                wait=self._wait,
+            )
+
+        sent, (code, _id, now_us, *rest) = self._persist(caller, send)
+        here = self._here
+        if code == Code.APPLIED:
+            here.stats.add("commits")
+            here.stats.add("bytes", len(sets))
+            expected = rotate_to.digest if rotate_to else digest
+            fresh = create or delta.cleared
+            return self._applied(handle, write_id, delta, rest, int(now_us) // 1000, sent, expected, fresh)
+        if code == Code.CONFLICT:
+            _identity, state, *items = rest
+            pairs = iter(items)
+            current = dict(zip(pairs, pairs, strict=True))
+            everything = b"*" in current and delta.reads is None
+            if everything:
+                current.pop(b"*")
+            return Conflicting(Pair(int.from_bytes(state[:4]), state[4:12]), current, everything)
+        if code == Code.LARGE:
+            raise SessionTooLarge(rest[0], config.max_bytes)
+        if code == Code.UNKNOWN:
+            raise SessionUnavailable("whether the commit was applied is no longer known")
+        here.cache.drop(handle)
+        return Refused(_standing(code), was_open=bool(rest and rest[0]))
+
+    def _applied(
+        self,
+        handle: str,
+        write_id: bytes,
+        delta: Delta,
+        rest: list[Any],
+        now_ms: int,
+        sent: int,
+        expected: bytes,
+        fresh: bool,
+    ) -> Applied:
+        cache = self._here.cache
+        version, replaced_version, replaced_id, identity, state, touched, expiry, *items = rest
+        replaced = Pair(replaced_version, replaced_id)
+        former = bool(expected) and not same_digest(identity[1:33], expected)
+        held = None if fresh else cache.replaced(handle, replaced)
+        # If it was found in the ring, others may have come after it: then the state is theirs.
+        exact = state[4:12] == write_id and not former and self._config.cache_ttl is not None
+        if exact and fresh:
+            cache.put(handle, delta.over(None, identity, state, now_ms), sent)
+        elif exact and held:
+            cache.advance(handle, replaced, delta.over(held, identity, state, now_ms), sent)
+        else:
+            cache.drop(handle)
+        pairs = iter(items)
+        return Applied(
+            Pair(version, write_id),
+            replaced,
+            former,
+            identity,
+            state,
+            bool(touched),
+            bool(expiry),
+            now_ms,
+            dict(zip(pairs, pairs, strict=True)),
+        )
+
+    def destroy(
+        self,
+        handle: str,
+        digest: bytes,
+        caller: Caller,
+        *,
+        principal: str | None = None,
+        always: bool = False,
+    ) -> bool:
+        """End a session, and tell whether there was one.
+
+        :param digest: of the secret, current or former; empty for whatever is current.
+        :param principal: end it only if it is this principal's.
+        :param always: leave a tombstone even where there is no session yet.
+        :raise SessionUnavailable: if Redis does not answer within the deadline.
+        """
+
+        def send(sent: int, first: int) -> list[Any]:
+            return self._run(
+                "destroy",
+                handle,
+                new_write_id(),
+                sent,
+                digest,
+                max((sent - first) // 1000, 1) if sent != first else 0,
+                self._config.grace_ms,
+                b"" if principal is None else "=" + principal,
+                int(always),
+                wait=self._wait,
+            )
+
+        code, *_ = self._persist(caller, send)
+        self._here.cache.drop(handle)
+        return bool(code == Code.DESTROYED)
+
+    # -- the process --------------------------------------------------------
+
+    def now_ms(self) -> int:
+        """Return the server's clock in milliseconds, as last seen and counted on."""
+        offset = self._here.clock_offset
+        if offset is None:
+            return time.time_ns() // 1_000_000
+        return (time.monotonic_ns() // 1000 + offset) // 1000
+
+    @property
+    def stats(self) -> Stats:
+        """The counters of this process."""
+        return self._here.stats
+
+    def caller(self, opened: int, lifetime_ms: int) -> Caller:
+        """Return a caller that waits for Redis as long as a request does."""
+        return Caller(opened, lifetime_ms, Patience(self._config.redis_deadline))
+
+    @property
+    def _here(self) -> _Process:
+        # Compared at each use, not hooked to the fork: what another thread held while it forked, a lock
+        # or half a conversation with Redis, is never touched in the child.
+        process = self._process
+        if process.pid != os.getpid():
+            process = self._process = _Process(self._config)
+        return process
+
+    @property
+    def _client(self) -> Client:
+        here = self._here
+        if here.client is None:
+            client = connect(self._config, self._name)
+            with here.lock:
+                first = here.client is None
+                if first:
+                    here.client = client
+            if first:
+                self._warm_up(client)
+        return here.client  # type: ignore[return-value]
+
+    def _warm_up(self, client: Client) -> None:
+        # Best effort: without it the first calls cost an EVAL each, and the clock comes with their reply.
+        try:
+            for name in ("load", "commit", "destroy"):
+                client.call(b"SCRIPT", b"LOAD", script(name).text)
+            sent = time.monotonic_ns()
+            seconds, microseconds = client.call(b"TIME", accept=_is_time)
+            self._set_clock(int(seconds) * 1_000_000 + int(microseconds), sent)
+        except Exception as error:
+            if not is_known(error):
+                raise
+
+    def _key(self, handle: str) -> bytes:
+        return (self._config.key_prefix + handle).encode()
+
+    def _remember(self, handle: str, snapshot: Snapshot, sent: int) -> None:
+        if self._config.cache_ttl is not None:
+            self._here.cache.put(handle, snapshot, sent)
+
+    def _set_clock(self, server_us: int, sent: int) -> None:
+        # From the sending, so the clock is early by a transit at most: nothing outlives its end. A slow
+        # reply tells little, so only the first one counts whatever it took.
+        here = self._here
+        if here.clock_offset is None or time.monotonic_ns() - sent < 20_000_000:
+            here.clock_offset = server_us - sent // 1000
+
+    def _run(
+        self,
+        name: str,
+        handle: str,
+        call_id: bytes,
+        sent: int,
+        *arguments: Argument,
+        wait: tuple[int, int] | None = None,
+    ) -> list[Any]:
+        """Run a script, and return its reply if it is the answer to this very call."""
+        text = script(name)
+        key = self._key(handle)
+
+        def accept(reply: Any) -> bool:
+            return isinstance(reply, list) and len(reply) >= 3 and bool(reply[1] == call_id)
+
+        def reloaded() -> tuple[Argument, ...]:
+            self._here.stats.add("script_reloads")
+            return (b"EVAL", text.text, 1, key, call_id, *arguments)
+
+        reply: list[Any] = self._client.call(
+            b"EVALSHA",
+            text.sha,
+            1,
+            key,
+            call_id,
+            *arguments,
+            accept=accept,
+            fallback=reloaded,
+            wait=wait,
+        )
+        self._set_clock(int(reply[2]), sent)
+        return reply
+
+    @staticmethod
+    def _persist(caller: Caller, send: Callable[[int, int], _Result]) -> _Result:
+        """Send until it is answered, or the deadline of the request has passed.
+
+        :param send: gets the monotonic nanoseconds of this sending and of the first.
+        """
+        first = sent = time.monotonic_ns()
+        while True:
+            try:
+                return send(sent, first)
+            except LuaSessionError:
+                raise
+            except Exception as error:
+                if not is_known(error):
+                    raise
+                if not is_passing(error):
+                    raise unavailable(error) from error
+                caller.patience.wait(error, (time.monotonic_ns() - sent) / 1e9)
+            sent = time.monotonic_ns()
+
+
+_SNAPSHOTS = (Code.UNCHANGED, Code.CHANGED, Code.FULL)
+
+
+def _standing(code: bytes) -> Standing:
+    if code == Code.CORRUPT:
+        raise CorruptSession("the metadata of the session is of another format, cut off or missing")
+    return {
+        Code.MISSING: Standing.MISSING,
+        Code.GONE: Standing.GONE,
+        Code.STALE: Standing.STALE,
+    }[Code(code)]
+
+
+def _is_hash(reply: Any) -> bool:
+    return isinstance(reply, dict) or (isinstance(reply, list) and len(reply) % 2 == 0)
+
+
+def _is_time(reply: Any) -> bool:
+    return isinstance(reply, list) and len(reply) == 2
+
+
+def _pack_name(name: bytes) -> bytes:
+    return len(name).to_bytes(4) + name
+
+
+def _pack_check(name: bytes, check: int) -> bytes:
+    return check.to_bytes(1) + len(name).to_bytes(4) + name
+
+
+def _pack_sets(delta: Delta) -> bytes:
+    return b"".join(
+        b"".join(
+            (
+                put.check.to_bytes(1),
+                put.ttl_ms.to_bytes(6),
+                len(name).to_bytes(4),
+                name,
+                len(put.value).to_bytes(4),
+                put.value,
+            )
+        )
+        for name, put in delta.sets.items()
+    )
+
+
+def _pack_change(change: Change | None) -> bytes:
+    if change is None:
+        return b""
+    if change.value is None:
+        return b"-"
+    return b"=" + change.value.encode("utf-8", "surrogatepass")

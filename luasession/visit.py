@@ -1,0 +1,258 @@
+"""A visit: one request's dealings with one session.
+
+Which id the browser presented, what Redis answered to it, and so what the
+response has to carry. The session asks its visit for snapshots and hands it
+deltas; the interface turns what the visit knows at the end into cookies.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .config import Config, milliseconds
+from .delta import Delta
+from .errors import SessionUnavailable
+from .ids import SessionId, new_session_id, parse_session_id
+from .outcome import Applied, Conflicting, Refused, Standing
+from .snapshot import Snapshot
+from .store import Caller, Store
+
+if TYPE_CHECKING:
+    from flask.wrappers import Request
+
+# Digits of the largest version that a hint may name.
+_HINT_DIGITS = 10
+
+
+class Visit:
+    """One request's dealings with one session.
+
+    :param request: whose cookies are read when the session is first touched; most requests for
+        static files never touch it.
+    :param name: the name of the id cookie.
+    :param settings: the app's config, for ``PERMANENT_SESSION_LIFETIME``, which may change late.
+    :param opened: the monotonic nanosecond at which the request opened its session.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        config: Config,
+        request: Request,
+        name: str,
+        settings: Mapping[str, Any],
+        opened: int,
+    ) -> None:
+        self._store = store
+        self._config = config
+        self._request: Request | None = request
+        self._settings = settings
+        self._opened = opened
+        self._caller: Caller | None = None
+        self._hint = 0
+        self._others_hint = False
+        self._id: SessionId | None = None
+        self._touched = False
+        self._closed = False
+        #: The name of the id cookie.
+        self.name = name
+        #: How this request stands to the session; None until Redis has been asked.
+        self.standing: Standing | None = None
+        #: The id that a commit of this request made; the response has to carry it.
+        self.issued: SessionId | None = None
+        #: The version to put into the hint cookie; None to leave the hint alone.
+        self.made: int | None = None
+        #: Whether others were writing meanwhile, so that every process has to confirm.
+        self.others_wrote = False
+        #: Whether the TTL was refreshed, so that the browser's expiry is due as well.
+        self.refreshed = False
+        #: Whether permanence or lifetime changed, and with them the expiry in the browser.
+        self.expiry_changed = False
+        #: The metadata of the session as last seen.
+        self.seen: Snapshot | None = None
+        #: Whether this request ended the session: its cookies have to go.
+        self.ended = False
+
+    @property
+    def id(self) -> SessionId | None:
+        """The id of the session, None while there is none."""
+        self._open()
+        return None if self.standing is Standing.MISSING else self._id
+
+    @property
+    def presented_handle(self) -> str | None:
+        """The handle that the browser presented, or that this request made; proven or not."""
+        self._open()
+        return self._id.handle if self._id else None
+
+    @property
+    def caller(self) -> Caller:
+        """The request, as the store wants to know it."""
+        if self._caller is None:
+            self._caller = self._store.caller(self._opened, self._idle_ms())
+        return self._caller
+
+    def _idle_ms(self) -> int:
+        lifetime = self._settings["PERMANENT_SESSION_LIFETIME"]
+        return milliseconds(lifetime, "PERMANENT_SESSION_LIFETIME", at_least=1)
+
+    @property
+    def now_ms(self) -> int:
+        """The server's clock in milliseconds."""
+        return self._store.now_ms()
+
+    def _open(self) -> None:
+        if self._request is None:
+            return
+        cookies, self._request = self._request.cookies, None
+        self._id = parse_session_id(cookies.get(self.name, ""), self._config.id_length)
+        if self._id is None:
+            self.standing = Standing.MISSING
+            return
+        hint = cookies.get(f"{self.name}_v", "")
+        if hint.isascii() and hint.isdigit() and len(hint) <= _HINT_DIGITS:
+            self._hint = int(hint)
+        self._others_hint = f"{self.name}_o" in cookies
+
+    def load(self) -> Snapshot | None:
+        """Return the session as it is, None if it is not there for this request.
+
+        :raise SessionUnavailable: if Redis does not answer within the deadline.
+        :raise CorruptSession: if what is stored is not a session of a known format.
+        """
+        self._open()
+        if self._id is None or self.standing in _ABSENT:
+            return None
+        if not self._others_hint and self.standing is None:
+            snapshot = self._store.trusted(self._id, self._hint, self.caller)
+            if snapshot is not None:
+                self.standing = Standing.LIVE
+                self.seen = snapshot
+                return snapshot
+        return self.reload()
+
+    def reload(self) -> Snapshot | None:
+        """Return the session as Redis has it now."""
+        self._open()
+        if self._id is None or self.standing in _ABSENT:
+            return None
+        loaded = self._store.load(self._id, self.caller)
+        self.standing = loaded.standing
+        if loaded.snapshot is None:
+            return None
+        self.seen = loaded.snapshot
+        self._note_touch(loaded.touched)
+        if loaded.snapshot.version < self._hint:
+            # A failover took versions back: a hint that stays above would have everybody confirm forever.
+            self._hint = self.made = loaded.snapshot.version
+        return loaded.snapshot
+
+    def commit(self, delta: Delta) -> Applied | Conflicting | Refused:
+        """Apply a delta, to a new session if there is none and the delta may start one.
+
+        :raise SessionTooLarge: if the session would outgrow ``SESSION_MAX_BYTES``.
+        :raise SessionUnavailable: if Redis does not answer within the deadline.
+        """
+        self._open()
+        if self.standing in _ENDED:
+            return Refused(self.standing)
+        if self._id is None or self.standing is Standing.MISSING:
+            return self.create(delta)
+        rotate_to = self._id.rotated(self._config.id_length) if delta.rotation else None
+        result = self._store.commit(self._id, delta, self.caller, rotate_to=rotate_to)
+        if isinstance(result, Applied):
+            self.standing = Standing.FORMER if result.former else Standing.LIVE
+            if rotate_to:
+                self._id = self.issued = rotate_to
+            self._note_commit(result)
+        elif isinstance(result, Refused):
+            self.standing = result.standing
+            if result.standing is Standing.MISSING:
+                if delta.base is None and delta.creates:
+                    return self.create(delta)
+                if delta.base is not None:
+                    # It was there when it was read, so it has ended since.
+                    self.standing = Standing.GONE
+                    return Refused(Standing.GONE)
+        return result
+
+    def create(self, delta: Delta) -> Applied | Refused:
+        """Start a session of this request's own."""
+        if not delta.creates or self._closed:
+            return Refused(Standing.MISSING)
+        if delta.permanent is None:
+            delta = replace(delta, permanent=self._config.permanent)
+        session_id = new_session_id(self._config.id_length)
+        self._hint = 0
+        result = self._store.create(session_id, delta, self.caller)
+        if isinstance(result, Refused):
+            raise SessionUnavailable("the new session was not accepted")
+        self._id = self.issued = session_id
+        self.standing = Standing.LIVE
+        self.ended = False
+        self._note_commit(result)
+        return result
+
+    def destroy(self) -> bool:
+        """End the session, and tell whether there was one; under a former secret too (G8)."""
+        self._open()
+        if self._id is None or self.standing in (Standing.MISSING, Standing.GONE):
+            return False
+        destroyed = self._store.destroy(self._id.handle, self._id.digest, self.caller)
+        self.standing = Standing.MISSING
+        self.issued = self.made = None
+        self.ended = destroyed
+        return destroyed
+
+    def touch(self, snapshot: Snapshot) -> None:
+        """Refresh the TTL of a session that was only read, if that is due.
+
+        A refresh that fails never fails the read.
+        """
+        if self._touched or self.standing is not Standing.LIVE or self._id is None:
+            return
+        interval = self._config.touch_ms(snapshot.lifetime_ms or self.caller.lifetime_ms)
+        if self.now_ms - snapshot.touched_ms < interval:
+            return
+        try:
+            loaded = self._store.load(self._id, self.caller)
+        except SessionUnavailable:
+            return
+        self.seen = loaded.snapshot or self.seen
+        self._note_touch(loaded.touched)
+
+    def close(self) -> None:
+        """Start no session any more: the response is on its way."""
+        self._closed = True
+
+    def count(self, name: str) -> None:
+        """Count something for ``stats()``."""
+        self._store.stats.add(name)
+
+    def _note_touch(self, touched: bool) -> None:
+        self._touched = self._touched or touched
+        self.refreshed = self.refreshed or (touched and self.standing is Standing.LIVE)
+
+    def _note_commit(self, applied: Applied) -> None:
+        self._touched = True
+        if not applied.former:
+            self.refreshed = self.refreshed or applied.touched
+            self.expiry_changed = self.expiry_changed or applied.expiry_changed
+            self.seen = Snapshot(applied.identity, applied.state, {})
+        # The hint, as RFC 6265 cookies go, may be overtaken by an older answer's. So whoever commits on
+        # top of a version that his browser had not seen made asks everybody to confirm for a while (G9).
+        if applied.pair.version != self._hint + 1:
+            self.others_wrote = True
+        self._hint = self.made = applied.pair.version
+
+
+_ENDED = (Standing.GONE, Standing.STALE)
+_ABSENT = (Standing.MISSING, *_ENDED)
+
+
+def now_ns() -> int:
+    """Return the monotonic clock in nanoseconds, by which the age of a request is counted."""
+    return time.monotonic_ns()

