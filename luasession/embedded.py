@@ -65,8 +65,8 @@ _LOG = "valkey.log"
 
 # Seconds that the server stays when its last user has gone.
 _LINGER = 2.0
-# Seconds between two looks of the supervisor.
-_TICK = 0.25
+# How often the supervisor looks for users in that time.
+_LOOKS = 8
 # Seconds that the server may take to write its data and end, before it is killed.
 _STOP_PATIENCE = 10.0
 # Seconds that a user waits for others who start or end the server; more than ending may take.
@@ -389,7 +389,7 @@ def _wait_for_last_user(server: subprocess.Popen[bytes], directory: Path, linger
     starting = _open(directory / _START)
     last_used = time.monotonic()
     while server.poll() is None:
-        time.sleep(_TICK)
+        time.sleep(linger / _LOOKS)
         now = time.monotonic()
         if not _take(users):
             last_used = now

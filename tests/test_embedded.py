@@ -32,11 +32,18 @@ needs_server = pytest.mark.skipif(
 )
 
 # Seconds: shorter than in real life where a test waits for the end.
-LINGER = 0.3
+LINGER = 0.1
+# And how long a server must stay to prove that it does not end.
+STAYS = LINGER + 0.3
 
+PACKAGE = Path(embedded.__file__).parent
+
+# The module is taken out of its package: Flask and redis-py would cost each user a second.
 USER = """
-import os, subprocess, sys
+import os, subprocess, sys, types
 from pathlib import Path
+sys.modules["luasession"] = types.ModuleType("luasession")
+sys.modules["luasession"].__path__ = [sys.argv[3]]
 from luasession import embedded
 embedded._LINGER = float(sys.argv[2])
 print(embedded.start(Path(sys.argv[1]), name="app"), flush=True)
@@ -57,8 +64,7 @@ def directory() -> Iterator[Path]:
 def launch(directory: Path, *, linger: float = LINGER, then: str = "") -> subprocess.Popen[str]:
     """Start a process that uses the embedded server until its stdin ends."""
     return subprocess.Popen(
-        [sys.executable, "-c", USER.format(then=then), directory, str(linger)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        [sys.executable, "-c", USER.format(then=then), directory, str(linger), PACKAGE],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -168,7 +174,7 @@ def test_the_server_goes_with_its_last_user(directory: Path) -> None:
     with user(directory) as client:
         with user(directory):
             pass
-        assert not eventually(lambda: has_ended(directory), seconds=LINGER + 0.7)
+        assert not eventually(lambda: has_ended(directory), seconds=STAYS)
         assert client.ping()
     assert eventually(lambda: has_ended(directory), seconds=LINGER + 2)
     with pytest.raises(redis.ConnectionError):
@@ -229,22 +235,22 @@ def test_who_comes_while_it_ends_waits_and_starts_anew(directory: Path) -> None:
                 os.set_blocking(late.stdout.fileno(), True)  # type: ignore[union-attr]
                 fcntl.flock(ending, fcntl.LOCK_UN)
                 path = line_of(late)
-                with redis.Redis.from_url(f"unix://{path}") as client:
-                    assert process_id(client) != first
-                    assert client.get("key") == b"value"
+                with redis.Redis.from_url(f"unix://{path}") as new:
+                    assert process_id(new) != first
+                    assert new.get("key") == b"value"
                 late.communicate()
 
 
 @needs_server
 def test_arrivals_at_any_moment_find_a_server(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Users that come and go around the moment of the ending always get a server that works."""
-    monkeypatch.setattr(embedded, "_LINGER", 0.0)
-    for step in range(12):
+    monkeypatch.setattr(embedded, "_LINGER", 0.04)
+    for step in range(20):
         with used_here(directory) as client:
             assert client.incr("visits") == step + 1
         # The ending takes place somewhere in these milliseconds after the last use.
-        time.sleep(0.24 + 0.012 * step)
-    assert 1 < starts(directory) <= 12
+        time.sleep(0.02 + 0.01 * step)
+    assert 1 < starts(directory) < 20
 
 
 @needs_server
@@ -255,7 +261,7 @@ def test_a_forked_child_is_a_user(directory: Path) -> None:
         path = line_of(process)
         assert process.wait() == 0
         assert line_of(process) == path
-        assert not eventually(lambda: has_ended(directory), seconds=LINGER + 0.5)
+        assert not eventually(lambda: has_ended(directory), seconds=STAYS)
         assert starts(directory) == 1
         process.communicate()
     assert eventually(lambda: has_ended(directory))
@@ -310,9 +316,9 @@ def test_a_server_without_supervisor_is_replaced(directory: Path, short_linger: 
     directory.mkdir()
     with (directory / "server.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        options = {"port": "0", "unixsocket": f"{directory}/valkey.sock", "dir": str(directory)}
         orphan = subprocess.Popen(
-            [embedded._find_binary(), "--port", "0", "--unixsocket", directory / "valkey.sock"]
-            + ["--dir", directory, "--save", ""],
+            [embedded._find_binary(), *(w for o, v in options.items() for w in (f"--{o}", v))],
             pass_fds=[lock.fileno()],
             stdout=subprocess.DEVNULL,
         )
@@ -320,7 +326,7 @@ def test_a_server_without_supervisor_is_replaced(directory: Path, short_linger: 
     reaper = threading.Thread(target=orphan.wait)
     reaper.start()
     with redis.Redis.from_url(f"unix://{directory}/valkey.sock") as client:
-        assert eventually(lambda: (directory / "valkey.sock").exists())
+        assert eventually((directory / "valkey.sock").exists)
         client.set("key", "value")
     with used_here(directory) as client:
         assert client.get("key") == b"value"
@@ -346,7 +352,7 @@ def test_a_removed_directory_is_used_anew(directory: Path, short_linger: None) -
         old = directory.rename(directory.with_name("moved"))
         assert embedded.start(directory, name="app")
         # Still a user of the new one: it does not end while this process lives.
-        assert not eventually(lambda: has_ended(directory), seconds=LINGER + 0.5)
+        assert not eventually(lambda: has_ended(directory), seconds=STAYS)
     os.kill(supervisor_id(old), signal.SIGTERM)
     assert eventually(lambda: has_ended(old))
 
@@ -483,7 +489,7 @@ def test_a_server_that_cannot_start_says_why(directory: Path) -> None:
     (directory / "dump.rdb").write_bytes(b"no database at all")
     started = time.monotonic()
     try:
-        with pytest.raises(ConfigurationError, match="(?s)did not start.*signature"):
+        with pytest.raises(ConfigurationError, match=r"(?s)did not start.*signature"):
             embedded.start(directory, name="app")
     finally:
         os.close(embedded._joined.pop(directory))

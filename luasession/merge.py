@@ -1,0 +1,274 @@
+"""Three-way merges: the functions that ``SESSION_MERGE`` may name for a key.
+
+Each takes one key's value in three states: *base*, what this request read; *theirs*, what
+others have stored since; *ours*, what this request wants to store. The result is what there
+would be if this request had run after the others, as far as values can tell: a function sees
+what came of the others' steps, not the steps. Where a state has no such key it is
+:data:`MISSING`, and a result of :data:`MISSING` deletes the key. Of all functions here:
+
+- If one side changed nothing, the result is the other side, the very object, whatever its type.
+  Types count and key order does not: ``1``, ``1.0`` and ``True`` differ, NaN is the same as NaN.
+- Deleted on both sides is deleted.
+- Types that do not fit give *ours*. :func:`outcome` tells that from a merge.
+- When others store again meanwhile, the merge is made again from the same base with the new
+  *theirs*: any number of requests then count once each.
+- The sides are left as they are. A merged container is a new one, but what it holds is the
+  sides' own objects: copy it before you change it in depth.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from functools import wraps
+from types import NoneType
+from typing import Any, Final, TypeAlias
+from uuid import UUID
+
+from markupsafe import Markup
+
+_Merge: TypeAlias = Callable[[Any, Any, Any], Any]
+
+
+class MissingType(Enum):
+    """The type of :data:`MISSING`; an enum, so that copies and pickles are the same object."""
+
+    MISSING = "MISSING"
+
+    def __repr__(self) -> str:
+        return self.value
+
+    def __bool__(self) -> bool:
+        return False
+
+
+#: A state without the key: never set, or deleted. False, so that ``theirs or []`` reads well.
+MISSING: Final = MissingType.MISSING
+
+
+class _Misfit(Exception):  # noqa: N818  # no error, and never seen outside
+    """The types do not fit."""
+
+
+# Each public function, and the rule behind it that raises where the function falls back.
+_rules: list[tuple[_Merge, _Merge]] = []
+
+
+def outcome(function: _Merge, base: Any, theirs: Any, ours: Any) -> tuple[Any, bool]:
+    """Merge, and tell whether the types did fit: ``(value, fits)``.
+
+    Without a fit the value is *ours*. A function from elsewhere always fits, also one that calls
+    a function of this module, and what it raises is passed on.
+    """
+    # By identity: a callable from elsewhere need not be hashable, nor compare in a sane way.
+    rule = next((rule for public, rule in _rules if public is function), None)
+    if rule is None:
+        return function(base, theirs, ours), True
+    if _same(theirs, base) or (theirs is MISSING and ours is MISSING):
+        return ours, True
+    if _same(ours, base):
+        return theirs, True
+    try:
+        return rule(base, theirs, ours), True
+    except _Misfit:
+        return ours, False
+
+
+def _falls_back(rule: _Merge) -> _Merge:
+    @wraps(rule)
+    def function(base: Any, theirs: Any, ours: Any) -> Any:
+        return outcome(function, base, theirs, ours)[0]
+
+    _rules.append((function, rule))
+    return function
+
+
+@_falls_back
+def add(base: Any, theirs: Any, ours: Any) -> Any:
+    """Add up what both sides did to a number: ``ours + (theirs - base)``.
+
+    For int, float and Decimal, not bool; a key that did not exist counts as 0. Exact for ints, so
+    the order does not matter; a float sum may differ in its last bits from the one that the
+    requests would have reached one by one, and Decimals follow the context of the thread.
+
+    Any number that a request stores counts as an increment, a reset to 0 too. A deletion is none:
+    deleted by us, the key is gone, as it would be had we run last; deleted by them, our increment
+    counts from 0. A float and a Decimal do not fit, nor does an infinity or a NaN.
+    """
+    kinds = _kinds(base, theirs, ours)
+    if not (kinds <= {int, float} or kinds <= {int, Decimal}):
+        raise _Misfit
+    start, others, own = (0 if side is MISSING else side for side in (base, theirs, ours))
+    try:
+        # Only an infinity or a NaN leaves something when taken from itself.
+        if any(number - number != 0 for number in (start, others, own)):
+            raise _Misfit
+        increment = own - start if theirs is MISSING else own + (others - start)
+    except ArithmeticError as error:  # a Decimal's signal, or an int too large for a float
+        raise _Misfit from error
+    return MISSING if ours is MISSING else increment
+
+
+@_falls_back
+def append(base: Any, theirs: Any, ours: Any) -> Any:
+    """Let both sides' additions to a list, and their removals from it, count.
+
+    A list is a bag here: the result holds each element as often as *theirs* and *ours* together
+    less *base*, and never less than no times. So nothing is made up or doubled, two requests that
+    remove the same element remove it once (of two equal ones: each removes one), and what one
+    removed does not come back from the other. Elements are compared as sides are, and may be
+    unhashable. One that was changed in place was removed and another one added; one that was
+    removed and added again was not touched.
+
+    The order is theirs; of equal elements the first are removed, as by :meth:`list.remove`. What
+    we added at the end comes last. What we inserted follows the element that it was inserted
+    after, or the nearest before that which is still there, or stands first.
+
+    A missing side is an empty list, so that deleting the key removes what the base held and no
+    more. If nothing is left of a list that a side deleted, the result is :data:`MISSING`.
+    """
+    if _kinds(base, theirs, ours) != {list}:
+        raise _Misfit
+    return _lists(base, theirs, ours)
+
+
+@_falls_back
+def union(base: Any, theirs: Any, ours: Any) -> Any:
+    """Let both sides' additions to a set, and their removals from it, count.
+
+    The result is ``(theirs | ours) - (base - theirs) - (base - ours)``, so the order does not
+    matter. Sets, or frozensets, but not both. Plain set algebra: in here ``1`` is ``True``.
+
+    A missing side is an empty set, so that deleting the key removes what the base held and no
+    more. If nothing is left of a set that a side deleted, the result is :data:`MISSING`.
+    """
+    kinds = _kinds(base, theirs, ours)
+    if kinds not in ({set}, {frozenset}):
+        raise _Misfit
+    start, others, own = (side or kinds.copy().pop()() for side in (base, theirs, ours))
+    return _left((others | own) - (start - others) - (start - own), theirs, ours)
+
+
+@_falls_back
+def deep(base: Any, theirs: Any, ours: Any) -> Any:
+    """Merge dicts key by key against the base, to any depth.
+
+    Each key goes by itself: changed on one side, it is as that side has it; on both, dicts merge
+    again, lists merge as in :func:`append`, and of anything else (types that differ among the
+    three included) ours stands. So changes to different paths all count, in any order, and of two
+    changes to one leaf, deletions included, ours counts. Keys keep their order: theirs, then ours.
+
+    Deleting a dict deletes each path that it had in the base. What the other side added stays; a
+    leaf in it that we changed while they deleted it stays, one that we deleted while they changed
+    it goes. So a part of a record can outlive the record: for records that must stay whole, take
+    another policy. If nothing is left of a dict that a side deleted, the result is
+    :data:`MISSING`.
+
+    At the top a list is merged too; all else does not fit.
+    """
+    if _kinds(base, theirs, ours) not in ({dict}, {list}):
+        raise _Misfit
+    return _deep(base, theirs, ours)
+
+
+def _deep(base: Any, theirs: Any, ours: Any) -> Any:
+    if _same(theirs, base):
+        return ours
+    if _same(ours, base):
+        return theirs
+    kinds = _kinds(base, theirs, ours)
+    if kinds == {list}:
+        return _lists(base, theirs, ours)
+    if kinds != {dict}:
+        return ours
+    start, others, own = (side or {} for side in (base, theirs, ours))
+    merged = {}
+    for key in others | own:
+        value = _deep(*(side.get(key, MISSING) for side in (start, others, own)))
+        if value is not MISSING:
+            merged[key] = value
+    return _left(merged, theirs, ours)
+
+
+def _lists(base: Any, theirs: Any, ours: Any) -> Any:
+    # Elements of the base not met in ours: in the end, those that we removed.
+    removed = Counter(map(_form, base or ()))
+    own = []
+    end = 0  # where the run of additions that ends ours begins
+    for element in ours or ():
+        form = _form(element)
+        known = removed[form] > 0
+        removed[form] -= known
+        own.append((form, element, known))
+        if known:
+            end = len(own)
+    rest: list[Any] = []
+    places: defaultdict[Hashable, deque[int]] = defaultdict(deque)
+    for element in theirs or ():
+        form = _form(element)
+        if removed[form] > 0:
+            removed[form] -= 1
+        else:
+            places[form].append(len(rest))
+            rest.append(element)
+    # What goes in before each element of the rest, and behind the last.
+    gaps: list[list[Any]] = [[] for _ in range(len(rest) + 1)]
+    gap = 0
+    for form, element, known in own[:end]:
+        if not known:
+            gaps[gap].append(element)
+        elif places[form]:
+            gap = places[form].popleft() + 1
+    merged = []
+    for before, element in zip(gaps, rest, strict=False):
+        merged += [*before, element]
+    merged += gaps[-1]
+    merged += [element for _, element, _ in own[end:]]
+    return _left(merged, theirs, ours)
+
+
+def _left(merged: Any, theirs: Any, ours: Any) -> Any:
+    return MISSING if not merged and (theirs is MISSING or ours is MISSING) else merged
+
+
+def _kinds(*sides: Any) -> set[type]:
+    return {type(side) for side in sides if side is not MISSING}
+
+
+@dataclass(frozen=True, slots=True)
+class _Foreign:
+    """A value of a type that only the app's own serializer knows; perhaps unhashable."""
+
+    value: object = field(hash=False)
+
+
+_PLAIN = frozenset({NoneType, bool, int, str, bytes, date, timedelta, UUID, Markup})
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or _form(one) == _form(other)
+
+
+def _form(value: Any) -> Hashable:
+    """Return what is equal for values that are alike in value and exact type, and for no others."""
+    kind = type(value)
+    form: Hashable
+    if kind in _PLAIN:
+        form = value
+    elif kind is list or kind is tuple:
+        form = tuple(map(_form, value))
+    elif kind is dict:
+        form = frozenset(zip(map(_form, value), map(_form, value.values()), strict=True))
+    elif kind is set or kind is frozenset:
+        form = frozenset(map(_form, value))
+    elif kind is float or kind is Decimal:
+        form = str(value)  # NaN equals nothing, -0.0 equals 0.0, Decimal("1.0") equals Decimal("1")
+    elif kind is datetime or kind is time:
+        form = (value.isoformat(), value.fold)  # equal moments may be of different zones
+    else:
+        form = _Foreign(value)
+    return (kind, form)

@@ -1,0 +1,190 @@
+"""Fixtures: a real server of each kind, apps on it, and browsers with a cookie jar."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
+
+from luasession import Session
+
+from .servers import Server, missing, standalone
+
+#: The kinds that every guarantee is tested on.
+GUARANTEED = ("valkey-9.1", "redis-7.0", "redis-6.2")
+
+
+def require(kind: str) -> None:
+    """Skip on a laptop that lacks a server; fail in CI, where nobody would notice the skip."""
+    reason = missing(kind)
+    if reason is not None:
+        if os.environ.get("CI"):
+            pytest.fail(f"{kind}: {reason}")
+        pytest.skip(f"{kind}: {reason}")
+
+
+@pytest.fixture(scope="session", params=GUARANTEED)
+def kind(request: pytest.FixtureRequest) -> str:
+    require(request.param)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def server(kind: str) -> Iterator[Server]:
+    """A server of each kind, shared by the tests of a run: they keep to their own key prefix."""
+    with standalone(kind) as server:
+        yield server
+
+
+@pytest.fixture
+def own_server(kind: str) -> Iterator[Server]:
+    """A server of each kind for one test alone, which may flush, stop or fill it."""
+    with standalone(kind) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[Server]:
+    """The embedded default alone, for tests in which the kind of server plays no part."""
+    with standalone("valkey-9.1") as server:
+        yield server
+
+
+class Browser:
+    """A client with cookies of its own that runs a function as a view, in a real request.
+
+    ``browser.run(function)`` returns what the function returned; the response is in
+    ``browser.response``. Inside the function another browser may run another one: that is a
+    request which begins and ends while this one is open.
+    """
+
+    def __init__(self, app: TestApp, client: FlaskClient | None = None) -> None:
+        self.app = app
+        self.client = client or app.flask.test_client()
+        self.response: TestResponse | None = None
+
+    def run(self, function: Callable[[], Any], *, status: int = 200, path: str = "/run") -> Any:
+        """Run a function as the view of one request of this browser."""
+        token = uuid4().hex
+        self.app.views[token] = function
+        self.response = self.client.get(path, headers={"X-Token": token})
+        assert self.response.status_code == status, (self.response.status, self.response.text)
+        return self.app.results.pop(token, None)
+
+    def get(self, path: str) -> TestResponse:
+        """Send a plain request."""
+        self.response = self.client.get(path)
+        return self.response
+
+    @property
+    def set_cookies(self) -> dict[str, str]:
+        """The cookies that the last response set, whole, by name."""
+        assert self.response is not None
+        headers = self.response.headers.getlist("Set-Cookie")
+        return {header.partition("=")[0]: header for header in headers}
+
+    @property
+    def cookies(self) -> dict[str, str]:
+        """The browser's cookies."""
+        return {cookie.key: cookie.value for cookie in self.client._cookies.values()}
+
+    def twin(self, app: TestApp | None = None) -> Browser:
+        """Return a browser with the same cookies as of now: what sends a parallel request.
+
+        :param app: served by this app instead, which stands for another process.
+        """
+        twin = Browser(app or self.app)
+        for name, value in self.cookies.items():
+            twin.client.set_cookie(name, value)
+        return twin
+
+
+class TestApp:
+    """A Flask app with luasession, and what tests want to know of it."""
+
+    __test__ = False
+
+    def __init__(self, server: Server | None, config: dict[str, Any]) -> None:
+        self.server = server
+        self.views: dict[str, Callable[[], Any]] = {}
+        self.results: dict[str, Any] = {}
+        self.flask = Flask("testapp")
+        if server is not None:
+            self.flask.config["SESSION_REDIS_URL"] = server.url
+        self.flask.config.update(config)
+        Session(self.flask)
+        self.flask.add_url_rule("/run", view_func=self._run, methods=["GET", "POST"])
+        self.flask.add_url_rule("/untouched", view_func=lambda: "untouched")
+
+    def _run(self) -> Any:
+        from flask import request
+
+        token = request.headers["X-Token"]
+        result = self.views.pop(token)()
+        self.results[token] = result
+        return result if isinstance(result, self.flask.response_class) else "done"
+
+    def browser(self) -> Browser:
+        """Return a browser without cookies."""
+        return Browser(self)
+
+    @property
+    def prefix(self) -> str:
+        return str(self.flask.config["SESSION_KEY_PREFIX"])
+
+    def stored(self, handle: str) -> dict[bytes, bytes]:
+        """Return the whole hash of a session."""
+        assert self.server is not None
+        with self.server.client() as client:
+            return client.hgetall(self.prefix + handle)
+
+    def keys(self) -> list[bytes]:
+        """Return all keys of this app."""
+        assert self.server is not None
+        with self.server.client() as client:
+            return sorted(client.keys(self.prefix + "*"))
+
+    def stats(self) -> dict[str, int]:
+        """Return the counters of this app's process."""
+        return self.flask.extensions["luasession"].stats()
+
+    def another(self, **config: Any) -> TestApp:
+        """Return an app on the same sessions with a cache of its own: another process."""
+        settings = {key: value for key, value in self.flask.config.items() if key.startswith("SESSION_")}
+        settings["PERMANENT_SESSION_LIFETIME"] = self.flask.config["PERMANENT_SESSION_LIFETIME"]
+        return TestApp(self.server, {**settings, **config})
+
+
+MakeApp = Callable[..., TestApp]
+
+
+@pytest.fixture
+def make_app(server: Server) -> MakeApp:
+    """Make an app on the shared server, under a key prefix of its own."""
+
+    def make(**config: Any) -> TestApp:
+        return TestApp(server, {"SESSION_KEY_PREFIX": f"t{uuid4().hex[:8]}:", **config})
+
+    return make
+
+
+@pytest.fixture
+def make_valkey_app(valkey: Server) -> MakeApp:
+    """Make an app on the embedded default alone."""
+
+    def make(**config: Any) -> TestApp:
+        return TestApp(valkey, {"SESSION_KEY_PREFIX": f"t{uuid4().hex[:8]}:", **config})
+
+    return make
+
+
+@pytest.fixture
+def app(make_app: MakeApp) -> TestApp:
+    """An app with the defaults."""
+    return make_app()
