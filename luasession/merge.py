@@ -1,18 +1,17 @@
 """Three-way merges: the functions that ``SESSION_MERGE`` may name for a key.
 
-Each takes one key's value in three states: *base*, what this request read; *theirs*, what
-others have stored since; *ours*, what this request wants to store. The result is what there
-would be if this request had run after the others, as far as values can tell: a function sees
-what came of the others' steps, not the steps. Where a state has no such key it is
-:data:`MISSING`, and a result of :data:`MISSING` deletes the key. Of all functions here:
+Each takes one key's value in three states: *base*, what this request read; *theirs*, what others
+have stored since; *ours*, what this request wants to store. The result is what there would be if
+this request had run after the others, as far as values can tell. Where a state has no such key
+it is :data:`MISSING`, and a result of :data:`MISSING` deletes the key. Of all functions here:
 
 - If one side changed nothing, the result is the other side, the very object, whatever its type.
   Types count and key order does not: ``1``, ``1.0`` and ``True`` differ, NaN is the same as NaN.
 - Deleted on both sides is deleted.
 - Types that do not fit give *ours*. :func:`outcome` tells that from a merge.
-- When others store again meanwhile, the merge is made again from the same base with the new
-  *theirs*: any number of requests then count once each.
-- The sides are left as they are. A merged container is a new one, but what it holds is the
+- When others store again, the merge is made again from the same base and the same *ours* with the
+  new *theirs*: any number of requests then count once each.
+- The sides are left as they are. A merged container is a new one, but what it holds are the
   sides' own objects: copy it before you change it in depth.
 """
 
@@ -25,6 +24,7 @@ from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from functools import wraps
+from operator import itemgetter
 from types import NoneType
 from typing import Any, Final, TypeAlias
 from uuid import UUID
@@ -50,12 +50,12 @@ class MissingType(Enum):
 MISSING: Final = MissingType.MISSING
 
 
-class _Misfit(Exception):  # noqa: N818  # no error, and never seen outside
+class _Misfit(Exception):
     """The types do not fit."""
 
 
 # Each public function, and the rule behind it that raises where the function falls back.
-_rules: list[tuple[_Merge, _Merge]] = []
+_RULES: Final[list[tuple[_Merge, _Merge]]] = []
 
 
 def outcome(function: _Merge, base: Any, theirs: Any, ours: Any) -> tuple[Any, bool]:
@@ -65,7 +65,7 @@ def outcome(function: _Merge, base: Any, theirs: Any, ours: Any) -> tuple[Any, b
     a function of this module, and what it raises is passed on.
     """
     # By identity: a callable from elsewhere need not be hashable, nor compare in a sane way.
-    rule = next((rule for public, rule in _rules if public is function), None)
+    rule = next((rule for public, rule in _RULES if public is function), None)
     if rule is None:
         return function(base, theirs, ours), True
     if _same(theirs, base) or (theirs is MISSING and ours is MISSING):
@@ -83,7 +83,7 @@ def _falls_back(rule: _Merge) -> _Merge:
     def function(base: Any, theirs: Any, ours: Any) -> Any:
         return outcome(function, base, theirs, ours)[0]
 
-    _rules.append((function, rule))
+    _RULES.append((function, rule))
     return function
 
 
@@ -91,13 +91,13 @@ def _falls_back(rule: _Merge) -> _Merge:
 def add(base: Any, theirs: Any, ours: Any) -> Any:
     """Add up what both sides did to a number: ``ours + (theirs - base)``.
 
-    For int, float and Decimal, not bool; a key that did not exist counts as 0. Exact for ints, so
-    the order does not matter; a float sum may differ in its last bits from the one that the
-    requests would have reached one by one, and Decimals follow the context of the thread.
+    For int, float and Decimal, not bool. A missing base counts as 0. Exact for ints; a float sum
+    may differ in its last bits from the one that the requests would have reached one by one, and
+    Decimals follow the context of the thread. A float does not fit a Decimal, and an infinity or
+    a NaN fits nothing.
 
     Any number that a request stores counts as an increment, a reset to 0 too. A deletion is none:
-    deleted by us, the key is gone, as it would be had we run last; deleted by them, our increment
-    counts from 0. A float and a Decimal do not fit, nor does an infinity or a NaN.
+    deleted by us, the key is gone, as if we had run last; deleted by them, we count up from 0.
     """
     kinds = _kinds(base, theirs, ours)
     if not (kinds <= {int, float} or kinds <= {int, Decimal}):
@@ -117,19 +117,18 @@ def add(base: Any, theirs: Any, ours: Any) -> Any:
 def append(base: Any, theirs: Any, ours: Any) -> Any:
     """Let both sides' additions to a list, and their removals from it, count.
 
-    A list is a bag here: the result holds each element as often as *theirs* and *ours* together
-    less *base*, and never less than no times. So nothing is made up or doubled, two requests that
-    remove the same element remove it once (of two equal ones: each removes one), and what one
-    removed does not come back from the other. Elements are compared as sides are, and may be
-    unhashable. One that was changed in place was removed and another one added; one that was
-    removed and added again was not touched.
+    Each element is in the result ``max(0, theirs + ours - base)`` times. So nothing is made up or
+    doubled, an element that both sides remove goes once (of two equal ones each removes one), and
+    what one removed does not come back from the other. Elements are compared as sides are, and
+    may be unhashable. One changed in place was removed and another one added; one removed and
+    added again was not touched.
 
     The order is theirs; of equal elements the first are removed, as by :meth:`list.remove`. What
     we added at the end comes last. What we inserted follows the element that it was inserted
     after, or the nearest before that which is still there, or stands first.
 
-    A missing side is an empty list, so that deleting the key removes what the base held and no
-    more. If nothing is left of a list that a side deleted, the result is :data:`MISSING`.
+    A missing side is an empty list: deleting the key removes what the base held and no more. If
+    nothing is left of a list that a side deleted, the result is :data:`MISSING`.
     """
     if _kinds(base, theirs, ours) != {list}:
         raise _Misfit
@@ -141,15 +140,14 @@ def union(base: Any, theirs: Any, ours: Any) -> Any:
     """Let both sides' additions to a set, and their removals from it, count.
 
     The result is ``(theirs | ours) - (base - theirs) - (base - ours)``, so the order does not
-    matter. Sets, or frozensets, but not both. Plain set algebra: in here ``1`` is ``True``.
-
-    A missing side is an empty set, so that deleting the key removes what the base held and no
-    more. If nothing is left of a set that a side deleted, the result is :data:`MISSING`.
+    matter. Sets, or frozensets, but not both; as in any set ``1`` is ``True``. Missing sides and
+    empty results are as in :func:`append`.
     """
     kinds = _kinds(base, theirs, ours)
     if kinds not in ({set}, {frozenset}):
         raise _Misfit
-    start, others, own = (side or kinds.copy().pop()() for side in (base, theirs, ours))
+    kind = kinds.pop()
+    start, others, own = (side or kind() for side in (base, theirs, ours))
     return _left((others | own) - (start - others) - (start - own), theirs, ours)
 
 
@@ -157,18 +155,16 @@ def union(base: Any, theirs: Any, ours: Any) -> Any:
 def deep(base: Any, theirs: Any, ours: Any) -> Any:
     """Merge dicts key by key against the base, to any depth.
 
-    Each key goes by itself: changed on one side, it is as that side has it; on both, dicts merge
-    again, lists merge as in :func:`append`, and of anything else (types that differ among the
-    three included) ours stands. So changes to different paths all count, in any order, and of two
-    changes to one leaf, deletions included, ours counts. Keys keep their order: theirs, then ours.
+    A key that one side changed is as that side has it. Changed on both, dicts are merged in turn,
+    lists as by :func:`append`, and of anything else ours stands, deletions and types that differ
+    included. So changes to different paths all count, in any order. Their keys come first.
 
-    Deleting a dict deletes each path that it had in the base. What the other side added stays; a
-    leaf in it that we changed while they deleted it stays, one that we deleted while they changed
-    it goes. So a part of a record can outlive the record: for records that must stay whole, take
-    another policy. If nothing is left of a dict that a side deleted, the result is
-    :data:`MISSING`.
+    A missing dict is an empty one: deleting it deletes each path that it had in the base. What
+    the others added to it, or we changed in it, stays; so a part of a record can outlive the
+    record. Where a record must stay whole, take another policy. If nothing is left of a dict that
+    a side deleted, the result is :data:`MISSING`.
 
-    At the top a list is merged too; all else does not fit.
+    At the top a list fits too, and nothing else.
     """
     if _kinds(base, theirs, ours) not in ({dict}, {list}):
         raise _Misfit
@@ -198,37 +194,31 @@ def _lists(base: Any, theirs: Any, ours: Any) -> Any:
     # Elements of the base not met in ours: in the end, those that we removed.
     removed = Counter(map(_form, base or ()))
     own = []
-    end = 0  # where the run of additions that ends ours begins
+    tail = 0  # where the additions begin that nothing from the base follows
     for element in ours or ():
         form = _form(element)
         known = removed[form] > 0
         removed[form] -= known
         own.append((form, element, known))
         if known:
-            end = len(own)
-    rest: list[Any] = []
+            tail = len(own)
+    placed: list[tuple[int, Any]] = []
     places: defaultdict[Hashable, deque[int]] = defaultdict(deque)
     for element in theirs or ():
         form = _form(element)
         if removed[form] > 0:
             removed[form] -= 1
         else:
-            places[form].append(len(rest))
-            rest.append(element)
-    # What goes in before each element of the rest, and behind the last.
-    gaps: list[list[Any]] = [[] for _ in range(len(rest) + 1)]
-    gap = 0
-    for form, element, known in own[:end]:
+            placed.append((len(placed) + 1, element))
+            places[form].append(len(placed))
+    place, end = 0, len(placed)
+    for number, (form, element, known) in enumerate(own):
         if not known:
-            gaps[gap].append(element)
+            placed.append((place if number < tail else end, element))
         elif places[form]:
-            gap = places[form].popleft() + 1
-    merged = []
-    for before, element in zip(gaps, rest, strict=False):
-        merged += [*before, element]
-    merged += gaps[-1]
-    merged += [element for _, element, _ in own[end:]]
-    return _left(merged, theirs, ours)
+            place = places[form].popleft()
+    # Sorting is stable: an addition comes behind the element whose place it shares.
+    return _left([element for _, element in sorted(placed, key=itemgetter(0))], theirs, ours)
 
 
 def _left(merged: Any, theirs: Any, ours: Any) -> Any:

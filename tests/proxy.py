@@ -114,8 +114,8 @@ class Proxy:
         """Let the server execute the request, lose its reply, and close the connection.
 
         :param before_drop: called when the server has replied and the client knows
-            nothing yet. Requests that the client had pipelined behind are with the
-            server already.
+            nothing yet. Requests that the client had pipelined behind may have been
+            executed too, or not.
         """
         return self._add(Rule("dropped", when, times, hook=before_drop))
 

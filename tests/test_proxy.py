@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 from proxy import Proxy, anything, command, read_frame, read_request
-from servers import Server, available_kinds, eventually, standalone
+from servers import Server, available_kinds, standalone
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -143,13 +143,13 @@ def test_a_hook_may_close_all_connections(proxy: Proxy, server: Server, client: 
 
 
 def test_one_reply_of_a_pipeline_can_be_dropped(proxy: Proxy, server: Server) -> None:
-    """Replies before the lost one arrive; requests after it are executed and unanswered."""
+    """Replies before the lost one arrive; requests after it may have been executed, or not."""
     wanted = iter([False, False, True, False, False])
     proxy.drop_reply(when=lambda _: next(wanted))
     with raw(proxy) as connection:
         connection.sendall(INCR * 5)
         assert read_all(connection) == b":1\r\n:2\r\n"
-    assert eventually(lambda: stored(server) == 5)
+    assert 3 <= stored(server) <= 5
 
 
 def test_a_delayed_reply_runs_into_the_timeout(proxy: Proxy, server: Server) -> None:
