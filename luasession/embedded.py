@@ -198,8 +198,8 @@ def _join(directory: Path) -> None:
             if os.path.samestat(os.fstat(_joined[directory]), path.stat()):
                 return
     descriptor = _open(path)
-    # Not free only while the supervisor looks, and it does not wait for anything then.
-    _wait_until(partial(_share, descriptor), "its server is ending")
+    # Never waits long: the supervisor takes this lock for a moment only, or under start.lock.
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
     _joined[directory] = descriptor
 
 
@@ -287,16 +287,8 @@ def _open(path: Path, how: int = os.O_RDWR) -> int:
 
 
 def _take(descriptor: int) -> bool:
-    return _lock(descriptor, fcntl.LOCK_EX)
-
-
-def _share(descriptor: int) -> bool:
-    return _lock(descriptor, fcntl.LOCK_SH)
-
-
-def _lock(descriptor: int, kind: int) -> bool:
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -57,19 +57,15 @@ class LuaSessionInterface(SessionInterface):
         """Apply the delta and write the cookies that follow from it."""
         if not isinstance(session, LuaSession):
             return
-        if session.accessed:
+        if session.used:
+            try:
+                session.save()
+            except Exception as error:  # noqa: BLE001 - handed on to Flask, which knows what to do with each
+                # Out of here an exception would pass by the app's handlers for its class. One that none
+                # of them answers is raised again, and Flask makes a 500 of it.
+                _replace(response, app.make_response(app.handle_user_exception(error)))
+        if self._write_cookies(app, session, response) or session.accessed:
             response.vary.add("Cookie")
-        if not session.used:
-            return
-        try:
-            session.save()
-        except Exception as error:  # noqa: BLE001 - handed on to Flask, which knows what to do with each
-            # Out of here an exception would pass by the app's handlers for its class. One that none of
-            # them answers is raised again, and Flask makes a 500 of it.
-            _replace(response, app.make_response(app.handle_user_exception(error)))
-            if session.accessed:
-                response.vary.add("Cookie")
-        self._write_cookies(app, session, response)
 
     def regenerate(self, session: LuaSession) -> None:
         """Rotate the id of a session, as Flask-Session's interface does."""
@@ -89,8 +85,11 @@ class LuaSessionInterface(SessionInterface):
         if app is not None and signal.receivers:
             signal.send(app, _async_wrapper=app.ensure_sync, **about)
 
-    def _write_cookies(self, app: Flask, session: LuaSession, response: Response) -> None:
+    def _write_cookies(self, app: Flask, session: LuaSession, response: Response) -> bool:
+        """Set or delete what has to be, and tell whether anything was."""
         visit = session.visit
+        if not (visit.ended or visit.issued or visit.made or visit.refreshed or visit.expiry_changed):
+            return False
         name = self.get_cookie_name(app)
         caching = self._config.cache_ttl is not None
         attributes: dict[str, Any] = {
@@ -102,8 +101,7 @@ class LuaSessionInterface(SessionInterface):
         }
         if self.get_cookie_partitioned(app):
             attributes["partitioned"] = True
-        before = len(response.headers.getlist("Set-Cookie"))
-
+        others = response.headers.getlist("Set-Cookie")
         if visit.ended:
             for cookie in (name, f"{name}_v", f"{name}_o") if caching else (name,):
                 response.delete_cookie(cookie, **attributes)
@@ -118,10 +116,10 @@ class LuaSessionInterface(SessionInterface):
                 response.set_cookie(f"{name}_o", "1", max_age=window, **attributes)
 
         cookies = response.headers.getlist("Set-Cookie")
-        if len(cookies) > before:
+        if others and len(cookies) > len(others):
             # Ours first: whatever cuts a long list of headers off, it is not the session id.
-            response.headers.setlist("Set-Cookie", cookies[before:] + cookies[:before])
-            response.vary.add("Cookie")
+            response.headers.setlist("Set-Cookie", cookies[len(others) :] + others)
+        return len(cookies) > len(others)
 
     @staticmethod
     def _is_id_due(app: Flask, visit: Visit) -> bool:

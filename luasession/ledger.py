@@ -202,6 +202,10 @@ class Ledger:
             delta = replace(delta, reads=reads)
         return delta
 
+    def may_have_changed(self) -> bool:
+        """Whether making the delta is worth the while: something was set, deleted, or can be changed in place."""
+        return bool(self._sets or self._deletes or self._given or self.cleared)
+
     def is_pending(self, key: str) -> bool:
         """Whether this request has changed a key and not committed it yet."""
         if key in self._sets or key in self._deletes:

@@ -160,9 +160,9 @@ def deep(base: Any, theirs: Any, ours: Any) -> Any:
     included. So changes to different paths all count, in any order. Their keys come first.
 
     A missing dict is an empty one: deleting it deletes each path that it had in the base. What
-    the others added to it, or we changed in it, stays; so a part of a record can outlive the
-    record. Where a record must stay whole, take another policy. If nothing is left of a dict that
-    a side deleted, the result is :data:`MISSING`.
+    the other side added stays, and what we changed while they deleted it; so a part of a record
+    can outlive the record. Where a record must stay whole, take another policy. If nothing is
+    left of a dict that a side deleted, the result is :data:`MISSING`.
 
     At the top a list fits too, and nothing else.
     """

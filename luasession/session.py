@@ -374,16 +374,29 @@ class LuaSession(SessionMixin):
 
     def save_late(self) -> None:
         """Apply what was changed after :meth:`save`, while the response was sent (G15)."""
-        if self._saved and self._used and not self._failed and self._ledger.changed():
+        if self._saved and not self._failed and self._may_have_changed() and self._ledger.changed():
             self.save()
+
+    def _may_have_changed(self) -> bool:
+        # The cheap half of the question: what only reads is through with it here.
+        return (
+            self._ledger.may_have_changed()
+            or self._destroyed
+            or self._rotation is not None
+            or self._permanent is not None
+            or self._lifetime is not None
+            or self._principal is not None
+            or self._label is not None
+        )
 
     def _may_still_start(self) -> None:
         if self._saved and self._visit.id is None:
             raise RuntimeError("the response has been sent: a session cannot be started any more")
 
     def _apply(self) -> Refused | None:
-        ended = self._destroyed
-        if ended:
+        if not self._may_have_changed():
+            return None
+        if self._destroyed:
             self._end()
         delta = self._delta()
         if delta.cleared and not delta.creates and self._visit.id is not None:

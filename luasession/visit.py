@@ -218,7 +218,7 @@ class Visit:
         if self.now_ms - snapshot.touched_ms < interval:
             return
         try:
-            loaded = self._store.load(self._id, self.caller)
+            loaded = self._store.confirm(self._id, snapshot, self.caller)
         except SessionUnavailable:
             return
         self.seen = loaded.snapshot or self.seen

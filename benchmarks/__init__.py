@@ -1,0 +1,1 @@
+"""Benchmarks: luasession beside its peers and beside the limit, in one run."""
