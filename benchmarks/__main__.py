@@ -59,7 +59,9 @@ def _print(title: str, rows: dict[str, Summary], floor: float, against: float) -
         )
 
 
-def _requests(socket: str, shape: str, paths: list[str], rounds: int, calls: int) -> dict[str, dict[str, Summary]]:
+def _requests(
+    socket: str, shape: str, paths: list[str], rounds: int, calls: int
+) -> dict[str, dict[str, Summary]]:
     peers = {
         name: Peer(name, socket, shape)
         for name in PEERS
@@ -72,7 +74,9 @@ def _requests(socket: str, shape: str, paths: list[str], rounds: int, calls: int
             for name, peer in peers.items():
                 peer.call(path)  # the first call after another peer's has its caches to fill
                 series[path][name] += [peer.call(path) for _ in range(calls)]
-    return {path: {name: Summary.of(values) for name, values in rows.items()} for path, rows in series.items()}
+    return {
+        path: {name: Summary.of(values) for name, values in rows.items()} for path, rows in series.items()
+    }
 
 
 def _memory(socket: str) -> dict[str, int]:
@@ -100,12 +104,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="luasession-bench-") as folder:
         socket = embedded.start(Path(folder) / "server", name="benchmarks")
         server = redis.Redis(unix_socket_path=socket, protocol=2).info("server")
-        print(f"Valkey {server.get('valkey_version', server['redis_version'])} on a unix socket; microseconds")
+        print(
+            f"Valkey {server.get('valkey_version', server['redis_version'])} on a unix socket; microseconds"
+        )
 
         limits = _limits(socket, "v" * 40)
-        rows = {
-            name: Summary.of([_timed(call) for _ in range(rounds * 25)]) for name, call in limits.items()
-        }
+        rows = {name: Summary.of([_timed(call) for _ in range(rounds * 25)]) for name, call in limits.items()}
         _print("The limit: one command by redis-py", rows, 0.0, 0.0)
 
         small: dict[str, dict[str, Summary]] = {}

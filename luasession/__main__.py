@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run(port=options.port, requests=options.requests, once=options.once)
     except (ConfigurationError, ImportError, OSError) as error:
-        print(f"luasession demo: {error}", file=sys.stderr)  # noqa: T201 - a command's own voice
+        print(f"luasession demo: {error}", file=sys.stderr)
         return 2
 
 

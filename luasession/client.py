@@ -46,7 +46,7 @@ _PASSING = (
 )
 
 
-class Unproven(Exception):  # noqa: N818 - not an error of the server: a reply that answers another call
+class Unproven(Exception):
     """A reply that does not prove to be the answer to its call (G16)."""
 
 

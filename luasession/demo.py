@@ -132,7 +132,9 @@ def _race(port: int, keys: list[str]) -> tuple[list[str], list[str]]:
     browser.get("/set/first")
     with ThreadPoolExecutor(len(keys)) as pool:
         answers = list(pool.map(lambda key: browser.get(f"/set/{key}"), keys))
-    acknowledged = [key for key, (status, _) in zip(keys, answers, strict=True) if status == http.HTTPStatus.OK]
+    acknowledged = [
+        key for key, (status, _) in zip(keys, answers, strict=True) if status == http.HTTPStatus.OK
+    ]
     kept = browser.get("/")[1].decode()
     return acknowledged, [key for key in keys if f'"{key}"' in kept]
 
@@ -168,7 +170,9 @@ def run(*, port: int, requests: int, once: bool) -> int:
         for kind, title in _KINDS.items():
             with _serving(kind, port, directory):
                 acknowledged, kept = _race(port, keys)
-                print(f"{title:24}{' '.join(acknowledged) or 'none':28}{' '.join(kept) or 'none'}", flush=True)
+                print(
+                    f"{title:24}{' '.join(acknowledged) or 'none':28}{' '.join(kept) or 'none'}", flush=True
+                )
                 lost = kept != keys or acknowledged != keys
                 if kind == "luasession" and not once:
                     _go_on(port)

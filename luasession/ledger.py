@@ -106,7 +106,7 @@ class Ledger:
         """
         if key in self._values:
             return self._values[key]
-        if key in self._deletes or self.cleared:
+        if key in self._deletes or self.cleared or not isinstance(key, str):
             raise KeyError(key)
         raw = self._stored(key)
         if raw is None:
@@ -203,7 +203,7 @@ class Ledger:
         return delta
 
     def may_have_changed(self) -> bool:
-        """Whether making the delta is worth the while: something was set, deleted, or can be changed in place."""
+        """Whether making the delta is worth the while."""
         return bool(self._sets or self._deletes or self._given or self.cleared)
 
     def is_pending(self, key: str) -> bool:

@@ -181,7 +181,7 @@ class LuaSession(SessionMixin):
         return self._created or self._snapshot is None
 
     @property
-    def modified(self) -> bool:  # type: ignore[override]
+    def modified(self) -> bool:
         """Whether this request changed anything, nested values included.
 
         Assigning it changes only what it reads back.
@@ -426,17 +426,15 @@ class LuaSession(SessionMixin):
             "principal": self._principal,
             "label": self._label,
         }
-        if exists and not delta.cleared and any(value is not None for value in attributes.values()):
-            # Never blind: set to what is stored, they change nothing. What rides on other changes anyway
-            # need not be compared, except for the principal, whose index entry moves with it.
-            if not delta or self._principal:
-                self._drop_unchanged(attributes)
+        # Never blind: set to what is stored, they change nothing. What rides on other changes anyway need
+        # not be compared, except for the principal, whose index entry moves with it.
+        if exists and not delta.cleared and (self._principal or not delta):
+            self._drop_unchanged(attributes)
         changes = {name: value for name, value in attributes.items() if value is not None}
         return replace(delta, **changes) if changes else delta
 
     def _drop_unchanged(self, attributes: dict[str, Any]) -> None:
-        snapshot = self._snapshot
-        if snapshot is None:
+        if all(value is None for value in attributes.values()) or (snapshot := self._snapshot) is None:
             return
         stored = {
             "permanent": snapshot.permanent,

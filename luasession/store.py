@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, TypeVar
 
-from .cache import Entry, SnapshotCache
+from .cache import SnapshotCache
 from .client import Argument, Client, Patience, connect, is_known, is_passing, unavailable
 from .config import Config
 from .delta import Change, Delta
@@ -103,7 +103,17 @@ class Store:
             snapshot = self._read_whole(session_id, caller)
             if snapshot is not None:
                 return Loaded(Standing.LIVE, snapshot)
-        return self._load(session_id, session_id.digest, caller, entry)
+        return self._load(session_id, session_id.digest, caller, entry and entry.snapshot)
+
+    def confirm(self, session_id: SessionId, snapshot: Snapshot, caller: Caller) -> Loaded:
+        """Ask whether a snapshot still holds, which refreshes the TTL if that is due.
+
+        It does not wait for a server that is down.
+
+        :raise SessionUnavailable: if Redis does not answer at once.
+        """
+        impatient = replace(caller, patience=Patience(0))
+        return self._load(session_id, session_id.digest, impatient, snapshot)
 
     def load_current(self, handle: str, caller: Caller) -> Loaded:
         """Read a session by its handle alone, for calls from outside a request."""
@@ -129,9 +139,8 @@ class Store:
 
         return self._persist(caller, send)
 
-    def _load(self, session_id: SessionId, digest: bytes, caller: Caller, entry: Entry | None) -> Loaded:
+    def _load(self, session_id: SessionId, digest: bytes, caller: Caller, base: Snapshot | None) -> Loaded:
         here = self._here
-        base = entry.snapshot if entry else None
         lifetime_ms = (base and base.lifetime_ms) or caller.lifetime_ms
 
         def send(sent: int, _first: int) -> tuple[int, list[Any]]:
