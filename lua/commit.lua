@@ -4,31 +4,26 @@
 --
 -- ARGV[1]   write id of this commit, 8 bytes; the reply echoes it
 -- ARGV[2]   digest of the secret, 32 bytes; empty: whatever is current
--- ARGV[3]   age of the request, microseconds
--- ARGV[4]   microseconds since the first sending of this commit; 0: this is the first
--- ARGV[5]   1: create the session; 0: it must be there
--- ARGV[6]   base version; empty: a blind write
--- ARGV[7]   base write id, 8 bytes; empty: a blind write
--- ARGV[8]   own commits of this request since the base, 4 bytes of each write id
--- ARGV[9]   fields set, packed: check (0 none, 1 report, 2 strict), ttl in ms (0 none), name, value
--- ARGV[10]  fields deleted, packed: check, name
--- ARGV[11]  fields that must not have changed either, packed names; '*': all of them
--- ARGV[12]  1: clear the session before the fields are set
--- ARGV[13]  new digest, 32 bytes: rotate; empty: keep the secret
--- ARGV[14]  1: requests open now may still commit under the old digest
--- ARGV[15]  idle lifetime, ms, where the session has none of its own
--- ARGV[16]  absolute lifetime of a new session, ms; 0: none
--- ARGV[17]  grace time for former digests and empty sessions, ms
--- ARGV[18]  touch interval, ms
--- ARGV[19]  most bytes of the session, names and values
--- ARGV[20]  permanence: 0, 1, or empty for no change
--- ARGV[21]  idle lifetime of its own, ms; 0: none any more; empty: no change
--- ARGV[22]  principal: '=' and the text, '-' for none any more, empty for no change
--- ARGV[23]  label, in the same form
+-- ARGV[3]   numbers, packed: age of the request in microseconds; microseconds since the first sending of
+--           this commit (0: this is the first); flags (1 create the session, 2 clear it before the fields
+--           are set, 4 requests open at a rotation may still commit); idle lifetime in ms, where the
+--           session has none of its own; absolute lifetime of a new session in ms (0: none); grace time
+--           for former digests and empty sessions in ms; touch interval in ms; most bytes of the session,
+--           names and values
+-- ARGV[4]   base, packed: version and write id; empty: a blind write
+-- ARGV[5]   own commits of this request since the base, 4 bytes of each write id
+-- ARGV[6]   fields set, packed: check (0 none, 1 report, 2 strict), ttl in ms (0 none), name, value
+-- ARGV[7]   fields deleted, packed: check, name
+-- ARGV[8]   fields that must not have changed either, packed names; '*': all of them
+-- ARGV[9]   new digest, 32 bytes: rotate; empty: keep the secret
+-- ARGV[10]  permanence: 0, 1, or empty for no change
+-- ARGV[11]  idle lifetime of its own, ms; 0: none any more; empty: no change
+-- ARGV[12]  principal: '=' and the text, '-' for none any more, empty for no change
+-- ARGV[13]  label, in the same form
 --
--- Reply: {code, write id, time in microseconds, ...}, by code
---   applied   version, replaced version, replaced write id, @i, @v, touched, expiry changed, then
---             name and replaced value (false: missing) of each field to report
+-- Reply: {code, write id, time in microseconds as 7 bytes, ...}, by code
+--   applied   packed: version, the pair replaced (12 zeros: no longer known), TTL refreshed, expiry
+--             changed, @i, @v; then name and replaced value (false: missing) of each field to report
 --   conflict  @i, @v, then name and current value (false: missing) of each checked field that changed
 --   gone      the session ended, or was cleared, after this request opened or its base was read
 --   missing   there is no such session
@@ -40,35 +35,33 @@
 local session = KEYS[1]
 local write_id = ARGV[1]
 local digest = ARGV[2]
-local age = tonumber(ARGV[3])
-local resend = tonumber(ARGV[4])
-local create = ARGV[5] == '1'
-local base_version = tonumber(ARGV[6])
-local base_id = ARGV[7]
-local own = ARGV[8]
-local packed_sets = ARGV[9]
-local packed_deletes = ARGV[10]
-local packed_reads = ARGV[11]
-local clear = ARGV[12] == '1'
-local new_digest = ARGV[13]
-local in_flight = ARGV[14] == '1'
-local default_lifetime = tonumber(ARGV[15])
-local absolute = tonumber(ARGV[16])
-local grace = tonumber(ARGV[17])
-local touch_interval = tonumber(ARGV[18])
-local max_bytes = tonumber(ARGV[19])
-local new_permanent = ARGV[20]
-local new_lifetime = ARGV[21]
-local new_principal = ARGV[22]
-local new_label = ARGV[23]
+local age, resend, flags, default_lifetime, absolute, grace, touch_interval, max_bytes =
+  struct.unpack('>I7I7BI6I6I6I6I4', ARGV[3])
+local base = ARGV[4]
+local own = ARGV[5]
+local packed_sets = ARGV[6]
+local packed_deletes = ARGV[7]
+local packed_reads = ARGV[8]
+local new_digest = ARGV[9]
+local new_permanent = ARGV[10]
+local new_lifetime = ARGV[11]
+local new_principal = ARGV[12]
+local new_label = ARGV[13]
+
+local create, clear, in_flight = flags % 2 == 1, flags % 4 >= 2, flags % 8 >= 4
+local base_version, base_id
+if base ~= '' then base_version, base_id = struct.unpack('>I4c8', base) end
 
 local FORMAT = 1
 local IDENTITY, IDENTITY_BYTES = '>Bc32I6I6', 45 -- format, digest, created ms, absolute deadline ms
-local STATE, STATE_BYTES = '>I4c8I7I6I6I4B', 36  -- version, write id, committed us, touched ms, ends ms,
-                                                 -- bytes, permanent
+local STATE, STATE_BYTES = '>I4c8I7I6I6I4BBI4', 41 -- version, write id, committed us, touched ms, ends ms,
+                                                 -- bytes, permanent, any rare metadata, fields
+local APPLIED = '>I4c12BB'
 local FORMER, FORMER_BYTES = '>c32I7I6B', 46     -- digest, moment us, grace end ms, may commit
+local NONE = ('\0'):rep(8)
+local RING, RING_HEAD = '>I7I7B', 15                -- floor us, last halving us, ids from before it
 local EVERYTHING = 255                           -- a journal entry that names no fields
-local QUIET, BUSY = 64, 512                      -- bytes of one generation of the journal
+local QUIET, BUSY = 64, 768                      -- bytes of ring and of journal
 
 local clock = redis.call('TIME')
 local now_us = clock[1] * 1000000 + clock[2]
@@ -76,7 +69,7 @@ local now = math.floor(now_us / 1000)
 local opened = now_us - age
 
 local function answer(code, ...)
-  return {code, write_id, string.format('%.0f', now_us), ...}
+  return {code, write_id, struct.pack('>I7', now_us), ...}
 end
 local function answer_with(list, code, ...)
   local reply = answer(code, ...)
@@ -84,39 +77,40 @@ local function answer_with(list, code, ...)
   return reply
 end
 
-local meta = redis.call('HMGET', session,
-  '@i', '@v', '@r', '@q', '@j', '@k', '@f', '@c', '@e', '@p', '@l', '@x', '@t')
-local identity, state, ring, old_ring = meta[1], meta[2], meta[3] or '', meta[4] or ''
-local journal, old_journal, formers, cleared = meta[5] or '', meta[6] or '', meta[7] or '', meta[8]
-local own_lifetime, principal, label, deadlines, ended = meta[9], meta[10], meta[11], meta[12], meta[13]
+-- What is used rarely is read only if the state says that there is any of it.
+local meta = redis.call('HMGET', session, '@i', '@v', '@r', '@j', '@t')
+local identity, state, ring, journal, ended = meta[1], meta[2], meta[3] or '', meta[4] or '', meta[5]
+local formers, cleared, own_lifetime, principal, label, deadlines = '', false, false, false, false, false
 
-local meta_count = 0
-for i = 1, 12 do
-  if meta[i] then meta_count = meta_count + 1 end
-end
-
-local version, last_id, committed, touched, ends, bytes, permanent = 0, ('\0'):rep(8), 0, 0, 0, 0, 0
+local version, last_id, committed, touched, ends, bytes, permanent, fields = 0, NONE, 0, 0, 0, 0, 0, 0
 local current_digest, created, absolute_end
 if identity then
-  if #identity ~= IDENTITY_BYTES or identity:byte() ~= FORMAT or not state or #state ~= STATE_BYTES then
+  if #identity ~= IDENTITY_BYTES or identity:byte() ~= FORMAT or not state or #state ~= STATE_BYTES
+      or #ring < RING_HEAD or #journal < 8 then
     return answer('corrupt')
   end
   local _
   _, current_digest, created, absolute_end = struct.unpack(IDENTITY, identity)
-  version, last_id, committed, touched, ends, bytes, permanent = struct.unpack(STATE, state)
+  local rare
+  version, last_id, committed, touched, ends, bytes, permanent, rare, fields = struct.unpack(STATE, state)
+  if rare == 1 then
+    local more = redis.call('HMGET', session, '@f', '@c', '@e', '@p', '@l', '@x')
+    formers, cleared, own_lifetime = more[1] or '', more[2], more[3]
+    principal, label, deadlines = more[4], more[5], more[6]
+  end
 end
 
 -- Sent again: a commit that has been applied is answered, never applied a second time. First sendings
 -- are looked up too, since a hung server may run a closed connection's sending after the one that followed.
-local ids = old_ring:sub(15) .. ring
-local found = ids:find(write_id, 1, true)
+local found = ring:find(write_id, 16, true)
 if found then
-  local behind = math.floor((#ids - found + 1) / 8) - 1
-  local replaced_id = found > 8 and ids:sub(found - 8, found - 1) or ''
-  return answer('applied', version - behind, version - behind - 1, replaced_id, identity, state, 0, 0)
+  local behind = math.floor((#ring - found + 1) / 8) - 1
+  local before = found > 23 and struct.pack('>I4c8', version - behind - 1, ring:sub(found - 8, found - 1))
+    or ('\0'):rep(12)
+  return answer('applied', struct.pack(APPLIED, version - behind, before, 0, 0) .. identity .. state)
 end
 -- Not in the ring, but it may have been there: from before the floor nobody can tell any more.
-if resend > 0 and #old_ring >= 14 and now_us - resend <= struct.unpack('>I7', old_ring) then
+if resend > 0 and #ring >= RING_HEAD and now_us - resend <= struct.unpack('>I7', ring) then
   return answer('unknown')
 end
 
@@ -149,35 +143,29 @@ end
 -- What others changed since the base, by the journal. A base that is not in it as a pair means that
 -- everything may have changed; one that is numbered above its floor is of a future lost in a failover.
 local base_known, base_lost, everything, changed = true, false, false, {}
-local function read_journal(generation, from, from_id)
-  local number = #generation >= 8 and struct.unpack('>I4', generation)
-  if not number or from < number then return nil end
-  local at, seen = 9, from == number and generation:sub(5, 8) == from_id
-  while at <= #generation do
+if base_version and not create and (base_version ~= version or base_id ~= last_id) then
+  local prefix = base_id:sub(1, 4)
+  local number, floor_id = struct.unpack('>I4c4', journal)
+  base_known = base_version == number and prefix == floor_id
+  base_lost = base_version >= number
+  local at = 9
+  while base_version >= number and at <= #journal do
     local id, count
-    id, count, at = struct.unpack('>c4B', generation, at)
+    id, count, at = struct.unpack('>c4B', journal, at)
     number = number + 1
-    local foreign = number > from and not own:find(id, 1, true)
+    local foreign = number > base_version and not own:find(id, 1, true)
     if count == EVERYTHING then
       everything = everything or foreign
     else
       for _ = 1, count do
         local name
-        name, at = struct.unpack('>Bc0', generation, at)
+        name, at = struct.unpack('>Bc0', journal, at)
         if foreign then changed[name] = true end
       end
     end
-    if number == from and id == from_id then seen = true end
+    if number == base_version and id == prefix then base_known = true end
   end
-  return seen
-end
-if base_version and not create and (base_version ~= version or base_id ~= last_id) then
-  local seen = read_journal(journal, base_version, base_id:sub(1, 4))
-  if seen == nil then
-    seen = read_journal(old_journal, base_version, base_id:sub(1, 4))
-    if seen then read_journal(journal, struct.unpack('>I4c4', journal)) end
-  end
-  base_known, base_lost = seen == true, seen == false
+  base_lost = base_lost and not base_known
 end
 
 -- A clear ends what was open or read before it; a delta that itself clears needs nothing of it.
@@ -191,8 +179,9 @@ if cleared and not clear then
 end
 
 local sets, deletes, touched_names = {}, {}, {}
-local fields_before = redis.call('HLEN', session) - meta_count
-local after, fields = clear and 0 or bytes, clear and 0 or fields_before
+local fields_before = fields
+local after = clear and 0 or bytes
+if clear then fields = 0 end
 local function take_out(name)
   local length = clear and 0 or redis.call('HSTRLEN', session, name)
   if length > 0 then after, fields = after - length - #name, fields - 1 end
@@ -291,26 +280,22 @@ local function put(field, value)
   metas[#metas + 1] = value
 end
 
-local principal_before = principal
 local removed = {}
-local function change(field, old, new)
-  if clear then old = false end
-  local value = old
-  if new:sub(1, 1) == '=' then value = new:sub(2) elseif new == '-' then value = false end
-  if value and (clear or value ~= old) then put(field, value) end
-  if old and not value then removed[#removed + 1] = field end
-  return value
+local principal_before, lifetime_before, permanent_before = principal, own_lifetime, permanent
+if clear or new_principal ~= '' or new_label ~= '' or new_lifetime ~= '' then
+  local function change(field, old, new)
+    if clear then old = false end
+    local value = old
+    if new:sub(1, 1) == '=' then value = new:sub(2) elseif new == '-' then value = false end
+    if value and (clear or value ~= old) then put(field, value) end
+    if old and not value then removed[#removed + 1] = field end
+    return value
+  end
+  principal = change('@p', principal, new_principal)
+  label = change('@l', label, new_label)
+  own_lifetime = change('@e', own_lifetime,
+    new_lifetime == '' and '' or new_lifetime == '0' and '-' or '=' .. new_lifetime)
 end
-principal = change('@p', principal, new_principal)
-change('@l', label, new_label)
-
-local lifetime_before = own_lifetime
-if new_lifetime == '0' then
-  own_lifetime = change('@e', own_lifetime, '-')
-else
-  own_lifetime = change('@e', own_lifetime, new_lifetime == '' and '' or '=' .. new_lifetime)
-end
-local permanent_before = permanent
 if new_permanent ~= '' then permanent = tonumber(new_permanent) end
 local expiry_changed = create or permanent ~= permanent_before or own_lifetime ~= lifetime_before
 
@@ -342,17 +327,17 @@ if create or clear or new_digest ~= '' then
 end
 if clear and not create then put('@c', struct.pack('>I4I7', version, now_us)) end
 
--- Two generations each for ring and journal: appending is flat, and what is dropped leaves its floor.
--- A quiet session keeps them short, so that it stays in the compact encoding (values up to 64 bytes).
+-- Ring and journal drop their older half when they are full, and keep the floor of what is left. A quiet
+-- session keeps them short, so that it stays in the compact encoding (values up to 64 bytes).
 local limit = (now_us - committed < 5000000 or after > 2048) and BUSY or QUIET
-if #ring + 8 > limit - 16 then
-  local floor = #old_ring >= 14 and select(2, struct.unpack('>I7I7', old_ring)) or 0
-  if #ring > limit - 16 then ring, floor = '', committed end
-  old_ring = struct.pack('>I7I7', floor, committed) .. ring
-  ring = ''
-  put('@q', old_ring)
-elseif clear and old_ring ~= '' then
-  put('@q', old_ring)
+if create then ring = struct.pack(RING, 0, 0, 0) end
+if #ring + 8 > limit then
+  local _, halved, before = struct.unpack(RING, ring)
+  local keep = math.floor((limit - RING_HEAD) / 16)
+  local dropped = (#ring - RING_HEAD) / 8 - keep
+  -- The ids that were there at the last halving are from before it; of others only the last commit bounds it.
+  local floor = dropped <= before and halved or committed
+  ring = struct.pack(RING, floor, committed, keep) .. ring:sub(-8 * keep)
 end
 ring = ring .. write_id
 put('@r', ring)
@@ -360,26 +345,33 @@ put('@r', ring)
 if create then
   put('@j', struct.pack('>I4c4', version, write_id))
 else
-  local names, length = {}, 0
+  local names, length, most_names = {}, 0, limit / 2 + 16
   local count = #sets + #deletes
   for _, list in ipairs({sets, deletes}) do
     for _, entry in ipairs(list) do
       length = length + 1 + #entry[1]
-      if length > limit - 16 or #entry[1] > 250 then break end
+      if length > most_names or #entry[1] > 250 then break end
       names[#names + 1] = struct.pack('>Bc0', #entry[1], entry[1])
     end
   end
   local entry
-  if clear or #names < count or count >= EVERYTHING or length > limit - 16 then
+  if clear or #names < count or count >= EVERYTHING or length > most_names then
     entry = struct.pack('>c4B', write_id, EVERYTHING)
   else
     entry = struct.pack('>c4B', write_id, count) .. table.concat(names)
   end
-  if #journal < 8 or #journal + #entry > limit then
-    put('@k', #journal <= limit and journal or '')
-    journal = struct.pack('>I4c4', replaced_version, replaced_id)
-  elseif clear and old_journal ~= '' then
-    put('@k', old_journal)
+  if #journal + #entry > limit then
+    local number, id = struct.unpack('>I4c4', journal)
+    local from, most = 9, limit == QUIET and limit or limit / 2
+    while from <= #journal and 8 + #journal - from + 1 + #entry > most do
+      local named
+      id, named, from = struct.unpack('>c4B', journal, from)
+      for _ = 1, named == EVERYTHING and 0 or named do
+        from = from + 1 + journal:byte(from)
+      end
+      number = number + 1
+    end
+    journal = struct.pack('>I4c4', number, id) .. journal:sub(from)
   end
   put('@j', journal .. entry)
 end
@@ -393,7 +385,10 @@ if due then
   touched, ends = now, now + lifetime
   if absolute_end > 0 and absolute_end < ends then ends = absolute_end end
 end
-local new_state = struct.pack(STATE, version, write_id, now_us, touched, ends, after, permanent)
+local any_rare = formers ~= '' or cleared or clear or own_lifetime or principal or label
+  or #kept_deadlines > 0
+local new_state = struct.pack(STATE, version, write_id, now_us, touched, ends, after, permanent,
+  any_rare and 1 or 0, fields)
 
 local CHUNK = 7000
 local writes = {'@v', new_state}
@@ -418,5 +413,6 @@ if not clear then
 end
 if due then redis.call('PEXPIRE', session, ends - now) end
 
-return answer_with(report, 'applied', version, replaced_version, replaced_id, identity, new_state,
-  due and 1 or 0, expiry_changed and 1 or 0)
+local replaced = struct.pack('>I4c8', replaced_version, replaced_id)
+return answer_with(report, 'applied',
+  struct.pack(APPLIED, version, replaced, due and 1 or 0, expiry_changed and 1 or 0) .. identity .. new_state)

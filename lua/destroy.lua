@@ -9,7 +9,7 @@
 -- ARGV[5]  '=' and the principal that the session must have; empty: any
 -- ARGV[6]  1: leave a tombstone even where there is no session yet
 --
--- Reply: {code, call id, time in microseconds}, by code
+-- Reply: {code, call id, time in microseconds as 7 bytes}, by code
 --   destroyed  the session has ended
 --   missing    there is no such session, or it is another principal's
 
@@ -29,7 +29,7 @@ local now_us = clock[1] * 1000000 + clock[2]
 local now = math.floor(now_us / 1000)
 
 local function answer(code)
-  return {code, call_id, string.format('%.0f', now_us)}
+  return {code, call_id, struct.pack('>I7', now_us)}
 end
 
 local meta = redis.call('HMGET', session, '@i', '@f', '@p', '@t')

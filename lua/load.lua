@@ -5,13 +5,12 @@
 -- ARGV[1]  call id, 8 bytes; the reply echoes it
 -- ARGV[2]  digest of the secret, 32 bytes; empty: whatever is current
 -- ARGV[3]  age of the request, microseconds
--- ARGV[4]  base version; empty: nothing is held, send all
--- ARGV[5]  base write id, 8 bytes
--- ARGV[6]  idle lifetime, ms, where the session has none of its own
--- ARGV[7]  touch interval, ms
--- ARGV[8]  grace time for empty sessions, ms
+-- ARGV[4]  base, packed: version and write id; empty: nothing is held, send all
+-- ARGV[5]  idle lifetime, ms, where the session has none of its own
+-- ARGV[6]  touch interval, ms
+-- ARGV[7]  grace time for empty sessions, ms
 --
--- Reply: {code, call id, time in microseconds, ...}, by code
+-- Reply: {code, call id, time in microseconds as 7 bytes, ...}, by code
 --   unchanged  @i, @v, under a former digest, touched
 --   changed    @i, @v, under a former digest, touched, @e, @p, @l, @x, then name and value (false:
 --              missing) of each field that changed since the base
@@ -25,18 +24,16 @@ local session = KEYS[1]
 local call_id = ARGV[1]
 local digest = ARGV[2]
 local age = tonumber(ARGV[3])
-local base_version = tonumber(ARGV[4])
-local base_id = ARGV[5]
-local default_lifetime = tonumber(ARGV[6])
-local touch_interval = tonumber(ARGV[7])
-local grace = tonumber(ARGV[8])
+local base = ARGV[4]
+local default_lifetime = tonumber(ARGV[5])
+local touch_interval = tonumber(ARGV[6])
+local grace = tonumber(ARGV[7])
 
 local FORMAT = 1
 local IDENTITY, IDENTITY_BYTES = '>Bc32I6I6', 45
-local STATE, STATE_BYTES = '>I4c8I7I6I6I4B', 36
+local STATE, STATE_BYTES = '>I4c8I7I6I6I4BBI4', 41
 local FORMER, FORMER_BYTES = '>c32I7I6B', 46
 local EVERYTHING = 255
-local META = {'@i', '@v', '@j', '@k', '@f', '@e', '@p', '@l', '@x', '@t', '@r', '@q', '@c'}
 
 local clock = redis.call('TIME')
 local now_us = clock[1] * 1000000 + clock[2]
@@ -44,23 +41,28 @@ local now = math.floor(now_us / 1000)
 local opened = now_us - age
 
 local function answer(code, ...)
-  return {code, call_id, string.format('%.0f', now_us), ...}
+  return {code, call_id, struct.pack('>I7', now_us), ...}
 end
 
-local meta = redis.call('HMGET', session, unpack(META))
-local identity, state, journal, old_journal = meta[1], meta[2], meta[3] or '', meta[4] or ''
-local formers, own_lifetime, principal, label, deadlines = meta[5] or '', meta[6], meta[7], meta[8], meta[9]
-local ended = meta[10]
+-- What is used rarely is read only if the state says that there is any of it.
+local meta = redis.call('HMGET', session, '@i', '@v', '@j', '@t')
+local identity, state, journal, ended = meta[1], meta[2], meta[3] or '', meta[4]
+local formers, own_lifetime, principal, label, deadlines = '', false, false, false, false
 
 if ended then
   return answer((#ended == 7 and opened < struct.unpack('>I7', ended)) and 'gone' or 'missing')
 end
 if not identity then return answer('missing') end
-if #identity ~= IDENTITY_BYTES or identity:byte() ~= FORMAT or not state or #state ~= STATE_BYTES then
+if #identity ~= IDENTITY_BYTES or identity:byte() ~= FORMAT or not state or #state ~= STATE_BYTES
+    or #journal < 8 then
   return answer('corrupt')
 end
 local _, current_digest, _, absolute_end = struct.unpack(IDENTITY, identity)
-local version, last_id, committed, touched, _, bytes, permanent = struct.unpack(STATE, state)
+local version, last_id, committed, touched, _, bytes, permanent, rare, fields = struct.unpack(STATE, state)
+if rare == 1 then
+  local more = redis.call('HMGET', session, '@f', '@e', '@p', '@l', '@x')
+  formers, own_lifetime, principal, label, deadlines = more[1] or '', more[2], more[3], more[4], more[5]
+end
 
 local is_former = 0
 if digest ~= '' and digest ~= current_digest then
@@ -83,15 +85,12 @@ local was_touched = 0
 if now - touched >= touch_interval then
   local lifetime = own_lifetime and tonumber(own_lifetime) or default_lifetime
   if not principal then
-    local fields = redis.call('HLEN', session)
-    for i = 1, #META do
-      if meta[i] then fields = fields - 1 end
-    end
     if fields == 0 then lifetime = math.min(lifetime, grace) end
   end
   local new_ends = now + lifetime
   if absolute_end > 0 and absolute_end < new_ends then new_ends = absolute_end end
-  local new_state = struct.pack(STATE, version, last_id, committed, now, new_ends, bytes, permanent)
+  local new_state = struct.pack(STATE, version, last_id, committed, now, new_ends, bytes, permanent,
+    rare, fields)
   local reply = redis.pcall('HSET', session, '@v', new_state)
   if type(reply) == 'number' then
     redis.call('PEXPIRE', session, new_ends - now)
@@ -99,41 +98,34 @@ if now - touched >= touch_interval then
   end
 end
 
-if base_version == version and base_id == last_id then
+if base == state:sub(1, 12) then
   return answer('unchanged', identity, state, is_former, was_touched)
 end
 
 -- What changed since the base, by the journal; nil if the base is not in it, as a pair.
 local names
-local function read_journal(generation, from, from_id)
-  local number = #generation >= 8 and struct.unpack('>I4', generation)
-  if not number or from < number then return nil end
-  local at, seen = 9, from == number and generation:sub(5, 8) == from_id
-  while at <= #generation do
+if base ~= '' then
+  local base_version, prefix = struct.unpack('>I4c4', base)
+  local number, floor_id = struct.unpack('>I4c4', journal)
+  local known, everything = base_version == number and prefix == floor_id, false
+  local at = 9
+  names = {}
+  while base_version >= number and at <= #journal do
     local id, count
-    id, count, at = struct.unpack('>c4B', generation, at)
+    id, count, at = struct.unpack('>c4B', journal, at)
     number = number + 1
     if count == EVERYTHING then
-      if number > from then names = nil end
+      everything = everything or number > base_version
     else
       for _ = 1, count do
         local name
-        name, at = struct.unpack('>Bc0', generation, at)
-        if names and number > from then names[name] = true end
+        name, at = struct.unpack('>Bc0', journal, at)
+        if number > base_version then names[name] = true end
       end
     end
-    if number == from and id == from_id then seen = true end
+    if number == base_version and id == prefix then known = true end
   end
-  return seen
-end
-if base_version then
-  names = {}
-  local seen = read_journal(journal, base_version, base_id:sub(1, 4))
-  if seen == nil then
-    seen = read_journal(old_journal, base_version, base_id:sub(1, 4))
-    if seen then read_journal(journal, struct.unpack('>I4c4', journal)) end
-  end
-  if not seen then names = nil end
+  if everything or not known then names = nil end
 end
 
 if not names then

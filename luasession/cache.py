@@ -7,6 +7,7 @@ have it from Redis: the digest is compared here as it is there (G11).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from threading import Lock
 from typing import NamedTuple
 
@@ -65,25 +66,26 @@ class SnapshotCache:
                 return
             self._store(handle, entry)
 
-    def advance(self, handle: str, replaced: Pair, snapshot: Snapshot, sent: int) -> None:
+    def advance(
+        self, handle: str, replaced: Pair, make: Callable[[Snapshot], Snapshot], sent: int
+    ) -> Snapshot | None:
         """Put the snapshot that an own commit made in the place of the one it replaced.
 
-        An entry of any other version is dropped: foreign changes lie between.
+        An entry of any other pair is dropped: foreign changes lie between.
+
+        :param make: lays the delta over the snapshot that it replaced.
+        :return: the new snapshot, if the one that was replaced was here.
         """
         with self._lock:
             held = self._entries.get(handle)
-            if held is not None and held.snapshot.pair == replaced:
-                self._store(handle, Entry(snapshot, sent))
-            else:
-                self._entries.pop(handle, None)
-
-    def replaced(self, handle: str, replaced: Pair) -> Snapshot | None:
-        """Return the cached snapshot if it is of exactly this pair."""
-        with self._lock:
-            held = self._entries.get(handle)
-        if held is not None and held.snapshot.pair == replaced:
-            return held.snapshot
-        return None
+            if held is None:
+                return None
+            if held.snapshot.pair != replaced:
+                del self._entries[handle]
+                return None
+            snapshot = make(held.snapshot)
+            self._store(handle, Entry(snapshot, sent))
+            return snapshot
 
     def drop(self, handle: str) -> None:
         """Forget a session."""

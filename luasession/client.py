@@ -12,7 +12,9 @@ from __future__ import annotations
 import inspect
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from threading import Semaphore
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -107,18 +109,71 @@ def is_known(error: Exception) -> bool:
     return isinstance(error, (Unproven, OSError)) or _is_a(error, "RedisError") or _is_a(error, "ValkeyError")
 
 
-class Client:
-    """A server, through the connection pool of a client library.
+class _Shared:
+    """The pool of a ready client, which others may be using too."""
 
-    :param library: a ``redis.Redis`` or ``valkey.Valkey``.
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        # redis-py warns if the command is named, valkey-py wants it.
+        first = next(iter(inspect.signature(pool.get_connection).parameters.values()))
+        self._named = () if first.default is None else ("EVALSHA",)
+        self.give = pool.release
+
+    def take(self) -> Any:
+        return self._pool.get_connection(*self._named)
+
+    def lose(self, connection: Any) -> None:
+        connection.disconnect()
+        self._pool.release(connection)
+
+
+class _Own:
+    """Connections of luasession's own, the last used first.
+
+    The library's pools look at the socket before each use, to see whether a
+    connection was closed or has lost step. Here each reply proves itself, and
+    what was sent into a closed connection is sent again, so that look is spared.
+
+    :param pool: makes the connections.
+    :param seconds: how long to wait for a free one.
     """
 
-    def __init__(self, library: Any) -> None:
-        self._pool = library.connection_pool
-        # redis-py warns if the command is named, valkey-py wants it.
-        parameters = inspect.signature(self._pool.get_connection).parameters
-        first = next(iter(parameters.values()))
-        self._take = () if first.default is None else ("EVALSHA",)
+    def __init__(self, pool: Any, seconds: float) -> None:
+        self._make = pool.make_connection
+        self._seconds = seconds
+        self._idle: deque[Any] = deque()
+        self._slots = Semaphore(_MAX_CONNECTIONS)
+
+    def take(self) -> Any:
+        if not self._slots.acquire(timeout=self._seconds):
+            raise redis.ConnectionError(f"no connection became free within {self._seconds} s")
+        try:
+            return self._idle.pop() if self._idle else self._make()
+        except IndexError:  # another thread was faster
+            return self._make()
+        except BaseException:
+            self._slots.release()
+            raise
+
+    def give(self, connection: Any) -> None:
+        self._idle.append(connection)
+        self._slots.release()
+
+    def lose(self, connection: Any) -> None:
+        # Its neighbours were connected to the same server: they are made to connect anew as well.
+        for other in (connection, *self._idle):
+            other.disconnect()
+        self.give(connection)
+
+
+class Client:
+    """A server, by way of a client library's connections.
+
+    :param connections: where they are taken from and given back to.
+    """
+
+    def __init__(self, connections: _Own | _Shared) -> None:
+        self._connections = connections
 
     def call(
         self,
@@ -136,7 +191,7 @@ class Client:
         :raise Unproven: if the reply was not accepted.
         :raise SessionUnavailable: if too few replicas acknowledged.
         """
-        connection = self._pool.get_connection(*self._take)
+        connection = self._connections.take()
         try:
             try:
                 reply = self._exchange(connection, arguments, wait)
@@ -147,22 +202,23 @@ class Client:
             if accept is not None and not accept(reply):
                 raise Unproven("the reply answers another call")
         except BaseException as error:
-            # Whatever breaks off between sending and reading, a killed greenlet too, leaves a reply
-            # behind that the connection's next user would take for its own (G16).
-            if not isinstance(error, Exception) or not _is_a(error, "ResponseError"):
-                connection.disconnect()
+            if isinstance(error, Exception) and _is_a(error, "ResponseError"):
+                self._connections.give(connection)
+            else:
+                # Whatever breaks off between sending and reading, a killed greenlet too, leaves a reply
+                # behind that the connection's next user would take for its own (G16).
+                self._connections.lose(connection)
             raise
-        finally:
-            self._pool.release(connection)
+        self._connections.give(connection)
         return reply
 
     @staticmethod
     def _exchange(connection: Any, arguments: Sequence[Argument], wait: tuple[int, int] | None) -> Any:
         if wait is None:
-            connection.send_command(*arguments)
+            connection.send_packed_command([_packed(arguments)])
             return connection.read_response(disable_decoding=True)
         # WAIT speaks of the writes of its own connection, so it shares the write's.
-        connection.send_packed_command(connection.pack_commands([arguments, ("WAIT", *wait)]))
+        connection.send_packed_command([_packed(arguments) + _packed((b"WAIT", *wait))])
         failed: Exception | None = None
         reply = None
         try:
@@ -179,22 +235,32 @@ class Client:
         return reply
 
 
+def _packed(arguments: Sequence[Argument]) -> bytes:
+    # A RESP array of bulk strings. The library's packer looks at the type of each argument twice.
+    parts = [b"*%d\r\n" % len(arguments)]
+    for argument in arguments:
+        raw = argument if type(argument) is bytes else str(argument).encode()
+        parts.append(b"$%d\r\n%b\r\n" % (len(raw), raw))
+    return b"".join(parts)
+
+
 def connect(config: Config, name: str) -> Client:
     """Build the client of this process; no connection is opened yet.
 
     :param name: names the app, for its embedded server.
     :raise ConfigurationError: if the kind of client or URL is not one that works here.
     """
-    library = config.redis if config.redis is not None else _from_url(config, name)
-    if not hasattr(library, "connection_pool"):
+    if config.redis is None:
+        return Client(_Own(_pool_of(config, name), config.redis_timeout))
+    if not hasattr(config.redis, "connection_pool"):
         raise ConfigurationError(
-            f"SESSION_REDIS is a {type(library).__name__}; expected a redis-py Redis,"
+            f"SESSION_REDIS is a {type(config.redis).__name__}; expected a redis-py Redis,"
             " a Sentinel's master_for(), or a valkey-py Valkey"
         )
-    return Client(library)
+    return Client(_Shared(config.redis.connection_pool))
 
 
-def _from_url(config: Config, name: str) -> redis.Redis:
+def _pool_of(config: Config, name: str) -> redis.ConnectionPool:
     url = config.redis_url
     scheme, _, rest = url.partition("://")
     if "+" in scheme:
@@ -211,13 +277,10 @@ def _from_url(config: Config, name: str) -> redis.Redis:
     if "driver_info" in inspect.signature(redis.connection.AbstractConnection).parameters:
         # Two round trips less for each new connection: the library's name is not announced.
         options["driver_info"] = None
-    pool = redis.BlockingConnectionPool.from_url(
+    return redis.ConnectionPool.from_url(
         url,
-        max_connections=_MAX_CONNECTIONS,
-        timeout=config.redis_timeout,
         socket_timeout=config.redis_timeout,
         socket_connect_timeout=config.redis_timeout,
         retry=Retry(NoBackoff(), 0),
         **options,
     )
-    return redis.Redis(connection_pool=pool)

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -106,7 +106,8 @@ class Config:
         :param lifetime_ms: idle lifetime of the session, milliseconds.
         """
         if self.touch_interval_ms is not None:
-            return self.touch_interval_ms
+            # A session with a shorter lifetime of its own is not to expire in use.
+            return min(self.touch_interval_ms, lifetime_ms // 2)
         return min(_TOUCH_MS, lifetime_ms // _LIFETIME_PART)
 
     def trust_seconds(self, lifetime_ms: int) -> float:
@@ -159,6 +160,15 @@ def milliseconds(value: object, key: str, at_least: int = 0) -> int:
             return ms
     expected = f"{at_least / 1000:g} at least and 1000 years at most"
     raise _wrong(key, f"a timedelta or a number of seconds, {expected}", value)
+
+
+@lru_cache(maxsize=16)
+def idle_lifetime(value: timedelta | float) -> int:
+    """Return ``PERMANENT_SESSION_LIFETIME`` in milliseconds; it is read at each request.
+
+    :raises ConfigurationError: it is no positive time.
+    """
+    return milliseconds(value, "PERMANENT_SESSION_LIFETIME", at_least=1)
 
 
 def _wrong(key: str, expected: str, value: object) -> ConfigurationError:

@@ -7,7 +7,6 @@ that the commit replaced. It knows neither Redis nor Flask.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import IntEnum
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -50,20 +49,17 @@ class Change(NamedTuple):
     value: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one request changed.
+class Delta(NamedTuple):
+    """What one request changed."""
 
-    :param base: the pair of the snapshot that it was made from, None for a blind write.
-    :param own: the write ids that this request itself has committed since the base.
-    """
-
+    #: The pair of the snapshot that it was made from, None for a blind write.
     base: Pair | None = None
+    #: The write ids that this request itself has committed since the base.
     own: tuple[bytes, ...] = ()
     #: Hash field names to what they are set to.
-    sets: Mapping[bytes, Put] = field(default_factory=lambda: _NOTHING, repr=False)
+    sets: Mapping[bytes, Put] = _NOTHING
     #: Hash field names deleted.
-    deletes: Mapping[bytes, Check] = field(default_factory=lambda: _NOTHING)
+    deletes: Mapping[bytes, Check] = _NOTHING
     #: Fields that were read and must not have changed either, None for all of them.
     reads: frozenset[bytes] | None = frozenset()
     cleared: bool = False

@@ -12,7 +12,7 @@ import hmac
 import os
 import re
 from base64 import urlsafe_b64encode
-from dataclasses import dataclass, field
+from functools import cache
 
 #: Bytes of a handle; 128 bits.
 HANDLE_BYTES = 16
@@ -27,20 +27,22 @@ def _text(raw: bytes) -> str:
     return urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")
 
 
-@dataclass(frozen=True, slots=True)
 class SessionId:
     """One session id, taken apart.
 
     The secret stays out of :func:`repr`, so that no log line can show it.
     """
 
-    handle: str
-    secret: str = field(repr=False)
-    #: SHA-256 of the secret, 32 bytes; what Redis stores.
-    digest: bytes = field(repr=False, compare=False, init=False)
+    __slots__ = ("digest", "handle", "secret")
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", hashlib.sha256(self.secret.encode("ascii")).digest())
+    def __init__(self, handle: str, secret: str) -> None:
+        self.handle = handle
+        self.secret = secret
+        #: SHA-256 of the secret, 32 bytes; what Redis stores.
+        self.digest = hashlib.sha256(secret.encode("ascii")).digest()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.handle}>"
 
     @property
     def sid(self) -> str:
@@ -68,16 +70,13 @@ def parse_session_id(cookie: str, length: int) -> SessionId | None:
 
     :param length: bytes of the secret that this app issues.
     """
-    handle, dot, secret = cookie.partition(".")
-    if (
-        not dot
-        or len(handle) != _HANDLE_CHARS
-        or len(secret) != (length * 8 + 5) // 6
-        or not _TEXT.fullmatch(handle)
-        or not _TEXT.fullmatch(secret)
-    ):
-        return None
-    return SessionId(handle, secret)
+    match = _form(length).fullmatch(cookie)
+    return SessionId(match[1], match[2]) if match else None
+
+
+@cache
+def _form(length: int) -> re.Pattern[str]:
+    return re.compile(rf"([A-Za-z0-9_-]{{{_HANDLE_CHARS}}})\.([A-Za-z0-9_-]{{{(length * 8 + 5) // 6}}})")
 
 
 def is_handle(text: str) -> bool:

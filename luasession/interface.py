@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import weakref
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from flask.sessions import SessionInterface
+from werkzeug.http import dump_cookie
 
 from .codec import make_serializer
 from .outcome import Standing
@@ -65,7 +67,10 @@ class LuaSessionInterface(SessionInterface):
                 # of them answers is raised again, and Flask makes a 500 of it.
                 _replace(response, app.make_response(app.handle_user_exception(error)))
         if self._write_cookies(app, session, response) or session.accessed:
-            response.vary.add("Cookie")
+            if "Vary" in response.headers:
+                response.vary.add("Cookie")
+            else:
+                response.headers["Vary"] = "Cookie"
 
     def regenerate(self, session: LuaSession) -> None:
         """Rotate the id of a session, as Flask-Session's interface does."""
@@ -81,8 +86,7 @@ class LuaSessionInterface(SessionInterface):
         return datetime.now(UTC) + timedelta(milliseconds=seen.ends_ms - self._store.now_ms())
 
     def _notify(self, signal: NamedSignal, **about: Any) -> None:
-        app = self._app()
-        if app is not None and signal.receivers:
+        if signal.receivers and (app := self._app()) is not None:
             signal.send(app, _async_wrapper=app.ensure_sync, **about)
 
     def _write_cookies(self, app: Flask, session: LuaSession, response: Response) -> bool:
@@ -110,16 +114,21 @@ class LuaSessionInterface(SessionInterface):
             if self._is_id_due(app, visit):
                 response.set_cookie(name, visit.id.sid, expires=expires, **attributes)
             if caching and visit.made is not None:
-                response.set_cookie(f"{name}_v", str(visit.made), expires=expires, **attributes)
+                hint = f"{name}_v"
+                if expires is None:
+                    # What follows the value is the same each time.
+                    line = f"{hint}={visit.made}{_end_of_cookie(**attributes)}"
+                    response.headers.add("Set-Cookie", line)
+                else:
+                    response.set_cookie(hint, str(visit.made), expires=expires, **attributes)
             if caching and visit.others_wrote:
                 window = math.ceil(self._config.cache_ttl or 0) + 1
                 response.set_cookie(f"{name}_o", "1", max_age=window, **attributes)
-
-        cookies = response.headers.getlist("Set-Cookie")
-        if others and len(cookies) > len(others):
+        if others:
             # Ours first: whatever cuts a long list of headers off, it is not the session id.
-            response.headers.setlist("Set-Cookie", cookies[len(others) :] + others)
-        return len(cookies) > len(others)
+            ours = response.headers.getlist("Set-Cookie")[len(others) :]
+            response.headers.setlist("Set-Cookie", ours + others)
+        return True
 
     @staticmethod
     def _is_id_due(app: Flask, visit: Visit) -> bool:
@@ -133,6 +142,11 @@ class LuaSessionInterface(SessionInterface):
             return False
         refresh = visit.seen.permanent and app.config["SESSION_REFRESH_EACH_REQUEST"]
         return visit.expiry_changed or bool(visit.refreshed and refresh)
+
+
+@lru_cache(maxsize=64)
+def _end_of_cookie(**attributes: Any) -> str:
+    return dump_cookie("name", "0", **attributes).removeprefix("name=0")
 
 
 def _replace(response: Response, answer: Response) -> None:

@@ -8,7 +8,6 @@ from one version, plus what the request itself has changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from . import merge
@@ -148,7 +147,7 @@ class Ledger:
     def _stored(self, key: str) -> bytes | None:
         snapshot = self.snapshot()
         self._reads.add(key)
-        return None if snapshot is None else snapshot.get(field_name(key), self._now_ms)
+        return None if snapshot is None else snapshot.value(field_name(key), self._now_ms)
 
     # -- changing -----------------------------------------------------------
 
@@ -199,7 +198,7 @@ class Ledger:
         if self._policies.serializable and self._base is not None and delta:
             changed = sets.keys() | deletes.keys()
             reads = None if self._read_all else frozenset(map(field_name, self._reads)) - changed
-            delta = replace(delta, reads=reads)
+            delta = delta._replace(reads=reads)
         return delta
 
     def may_have_changed(self) -> bool:
@@ -221,7 +220,7 @@ class Ledger:
         delta, name = self.delta(), field_name(key)
         sets = {name: delta.sets[name]} if name in delta.sets else {}
         deletes = {name: delta.deletes[name]} if name in delta.deletes else {}
-        return replace(delta, sets=sets, deletes=deletes)
+        return delta._replace(sets=sets, deletes=deletes)
 
     def whole(self, delta: Delta) -> Delta:
         """Return a delta that sets all that this request sees, for a session of its own."""
@@ -232,7 +231,7 @@ class Ledger:
             for name in self._snapshot.names(self._now_ms)
             if name not in delta.deletes and (raw := self._snapshot.fields[name])
         }
-        return replace(delta, sets={**sets, **delta.sets}, deletes={})
+        return delta._replace(sets={**sets, **delta.sets}, deletes={})
 
     def encoded(self, key: str) -> bytes:
         """Return the bytes of a key's value, as this request has it."""
@@ -269,7 +268,7 @@ class Ledger:
         if self.cleared or key not in self._reads or self._snapshot is None:
             return False
         name = field_name(key)
-        stored = self._snapshot.get(name, self._now_ms)
+        stored = self._snapshot.value(name, self._now_ms)
         if stored is None or name in self._snapshot.deadlines:
             return False
         return raw in (stored, self._again(key, stored))
@@ -338,7 +337,7 @@ class Ledger:
         for conflict in found:
             if callable(conflict.policy):
                 self._merge(conflict, sets, deletes)
-        return replace(delta, base=conflicting.pair, own=(), sets=sets, deletes=deletes)
+        return delta._replace(base=conflicting.pair, own=(), sets=sets, deletes=deletes)
 
     def _may_go_on(self, name: bytes, delta: Delta) -> bool:
         check = delta.sets[name].check if name in delta.sets else delta.deletes[name]
@@ -368,36 +367,37 @@ class Ledger:
 
     # -- afterwards ---------------------------------------------------------
 
-    def settle(self, delta: Delta, applied: Applied, *, created: bool) -> None:
+    def settle(self, ours: Delta, sent: Delta, applied: Applied, *, created: bool) -> None:
         """Go on after a commit: this request's own changes are now part of what it sees.
 
         Those of others are not, so that all that is read is still of one version. Values that were
         handed out keep the bytes that they were handed out with, or were committed with.
+
+        :param ours: what this request changed.
+        :param sent: what was applied: the same, or merged with what somebody else stored.
         """
-        if created or delta.cleared or self._loaded:
-            base = None if created else self._snapshot
-            self._snapshot = delta.over(base, applied.identity, applied.state, applied.now_ms)
-            self._loaded = True
         # Whoever commits on top of the version that he has read has seen everything up to his own.
-        if created or delta.cleared or applied.replaced == self._base:
-            self._base, self._own = applied.pair, ()
+        exact = created or sent.cleared or (self._base is not None and applied.replaced == self._base)
+        if exact and applied.snapshot is not None:
+            self._snapshot, self._loaded = applied.snapshot, True
+        elif exact or self._loaded:
+            base = None if created else self._snapshot
+            self._snapshot = sent.over(base, applied.identity, applied.state, applied.now_ms)
+            self._loaded = True
+        if exact:
+            self._base, self._own = applied.version.to_bytes(4) + applied.write_id, ()
         elif self._base is not None:
-            self._own = (*self._own, applied.pair.write_id)
-        for name, put in delta.sets.items():
+            self._own = (*self._own, applied.write_id)
+        for name in sent.sets.keys() | sent.deletes.keys():
             key = session_key(name) or ""
-            if key not in self._values:
-                continue
-            if not self._still(key, put.value):
-                # Merged with what somebody else stored: it is read afresh.
-                del self._values[key]
+            put = sent.sets.get(name)
+            self._sets.pop(key, None)
+            self._deletes.discard(key)
+            if put is None or put is not ours.sets.get(name):
+                # Deleted, or merged with what somebody else stored: it is read afresh.
+                self._values.pop(key, None)
                 self._given.pop(key, None)
             elif not is_immutable(self._values[key]):
                 self._given[key] = put.value
-            self._sets.pop(key, None)
-        for name in delta.deletes:
-            self._deletes.discard(session_key(name) or "")
-        if delta.cleared:
+        if sent.cleared:
             self.cleared = False
-
-    def _still(self, key: str, raw: bytes) -> bool:
-        return self._encode(key, self._values[key]) == raw

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from .snapshot import Pair, Snapshot
 
@@ -24,8 +24,7 @@ class Standing(Enum):
     STALE = "stale"
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(NamedTuple):
     """What a load found."""
 
     standing: Standing
@@ -34,38 +33,38 @@ class Loaded:
     touched: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Applied:
+class Applied(NamedTuple):
     """A commit was applied."""
 
-    pair: Pair
-    #: The pair that it replaced; the write id is empty where that is no longer known.
+    version: int
+    write_id: bytes
+    #: The pair that it replaced; zeros where that is no longer known.
     replaced: Pair
+    #: The session as it now is, None if it is not known here what it was before.
+    snapshot: Snapshot | None
     #: Whether the secret was a former one: no cookie, no cache entry.
     former: bool
     #: The metadata ``@i`` and ``@v`` as they now are.
-    identity: bytes = field(repr=False)
-    state: bytes = field(repr=False)
+    identity: bytes
+    state: bytes
     touched: bool
     expiry_changed: bool
     now_ms: int
     #: Fields that were changed by others since the base, and what this commit replaced there.
-    report: Mapping[bytes, bytes | None] = field(repr=False)
+    report: Mapping[bytes, bytes | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Conflicting:
+class Conflicting(NamedTuple):
     """Nothing was applied: strict fields have been changed by others."""
 
     #: The pair that the values are of.
     pair: Pair
-    current: Mapping[bytes, bytes | None] = field(repr=False)
+    current: Mapping[bytes, bytes | None]
     #: Whether any field at all counts, and one has changed.
     everything: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(NamedTuple):
     """Nothing was applied: the session is not there for this request."""
 
     standing: Standing

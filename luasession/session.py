@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,21 @@ class LuaSession(SessionMixin):
     ``session.modified = True``.
     """
 
+    # Defaults stand here, on the class: most requests change none of them.
+    _used = False
+    _modified: bool | None = None
+    _committed = False
+    _created = False
+    _strict = False
+    _saved = False
+    _failed = False
+    _destroyed = False
+    _rotation: Rotation | None = None
+    _permanent: bool | None = None
+    _lifetime: int | None = None
+    _principal: Change | None = None
+    _label: Change | None = None
+
     def __init__(
         self,
         visit: Visit,
@@ -58,24 +73,17 @@ class LuaSession(SessionMixin):
         self._serializer = serializer
         self._policies = policies
         self._notify = notify
-        self._used = False
-        self._modified: bool | None = None
-        self._committed = False
-        self._created = False
-        self._strict = False
-        self._saved = False
-        self._failed = False
-        self._destroyed = False
-        self._start()
 
     def _start(self) -> None:
-        self._ledger = Ledger(self._load, self._serializer, self._policies, self._corrupt)
-        self._ledger.strict = self._strict
-        self._rotation: Rotation | None = None
-        self._permanent: bool | None = None
-        self._lifetime: int | None = None
-        self._principal: Change | None = None
-        self._label: Change | None = None
+        self._rotation = self._permanent = self._lifetime = self._principal = self._label = None
+        self.__dict__.pop("_ledger", None)
+
+    @cached_property
+    def _ledger(self) -> Ledger:
+        # Made when the session is first used: most requests for static files never use it.
+        ledger = Ledger(self._load, self._serializer, self._policies, self._corrupt)
+        ledger.strict = self._strict
+        return ledger
 
     def _load(self) -> Snapshot | None:
         self._used = True
@@ -332,7 +340,7 @@ class LuaSession(SessionMixin):
             self._ledger.forget(key)
             raise
         if isinstance(result, Applied):
-            self._settle(delta, result)
+            self._settle(delta, delta, result)
             return self._ledger.get(key)
         self._finish(result)
         raise AssertionError("unreachable")
@@ -431,7 +439,7 @@ class LuaSession(SessionMixin):
         if exists and not delta.cleared and (self._principal or not delta):
             self._drop_unchanged(attributes)
         changes = {name: value for name, value in attributes.items() if value is not None}
-        return replace(delta, **changes) if changes else delta
+        return delta._replace(**changes) if changes else delta
 
     def _drop_unchanged(self, attributes: dict[str, Any]) -> None:
         if all(value is None for value in attributes.values()) or (snapshot := self._snapshot) is None:
@@ -450,18 +458,21 @@ class LuaSession(SessionMixin):
         self, delta: Delta, resolve: Callable[[Delta, Conflicting], Delta]
     ) -> tuple[Delta, Applied | Refused]:
         """Commit, again and again with what is made of each conflict."""
+        result = self._visit.commit(delta)
+        if not isinstance(result, Conflicting):
+            return delta, result
         started = time.monotonic()
         longest = _FIRST_PAUSE
         for rounds in count(1):
-            result = self._visit.commit(delta)
-            if not isinstance(result, Conflicting):
-                return delta, result
             delta = resolve(delta, result)
             self._visit.count("merges")
             if rounds >= _ROUNDS and time.monotonic() - started > self._config.redis_deadline:
                 raise SessionConflict([key for name in result.current if (key := session_key(name))])
             time.sleep(random.uniform(0, longest))  # noqa: S311 - jitter, no secret
             longest = min(longest * 2, _LONGEST_PAUSE)
+            result = self._visit.commit(delta)
+            if not isinstance(result, Conflicting):
+                return delta, result
         raise AssertionError("unreachable")
 
     def _commit(self, ours: Delta) -> Refused | None:
@@ -482,19 +493,21 @@ class LuaSession(SessionMixin):
             if result.standing is Standing.STALE and ours.rotation:
                 return self._own_session(ours, result)
             return None if result.standing is Standing.MISSING and not ours.creates else result
-        found = self._ledger.conflicts(ours, result.report)
-        conflicts.update({conflict.key: conflict for conflict in found})
-        self._settle(delta, result)
-        self._report(conflicts.values(), refused=False)
+        if result.report:
+            found = self._ledger.conflicts(ours, result.report)
+            conflicts.update({conflict.key: conflict for conflict in found})
+        self._settle(ours, delta, result)
+        if conflicts:
+            self._report(conflicts.values(), refused=False)
         return None
 
     def _own_session(self, ours: Delta, refused: Refused) -> Refused | None:
         # The second click of a double log-in: a session of its own, cookie included (G8).
         delta = self._ledger.whole(ours) if refused.was_open else ours
-        result = self._visit.create(replace(delta, base=None, own=(), rotation=None))
+        result = self._visit.create(delta._replace(base=None, own=(), rotation=None))
         if isinstance(result, Refused):
             return refused
-        self._settle(delta, result)
+        self._settle(delta, delta, result)
         return None
 
     def _finish(self, refused: Refused | None) -> None:
@@ -502,11 +515,11 @@ class LuaSession(SessionMixin):
             self._discard(refused)
             raise SessionGone(f"the session is {refused.standing.value}; nothing was stored")
 
-    def _settle(self, delta: Delta, applied: Applied) -> None:
-        created = applied.pair.version == 1
+    def _settle(self, ours: Delta, delta: Delta, applied: Applied) -> None:
+        created = applied.version == 1
         self._committed = True
         self._created = self._created or created
-        self._ledger.settle(delta, applied, created=created)
+        self._ledger.settle(ours, delta, applied, created=created)
         if delta.rotation:
             self._rotation = None
         if delta.permanent is not None:
@@ -518,9 +531,9 @@ class LuaSession(SessionMixin):
         if delta.label:
             self._label = None
         signal: NamedSignal = signals.session_created if created else signals.session_committed
-        self._notify(signal, handle=self._handle, version=applied.pair.version)
+        self._notify(signal, handle=self._handle, version=applied.version)
         if delta.rotation:
-            self._notify(signals.session_rotated, handle=self._handle, version=applied.pair.version)
+            self._notify(signals.session_rotated, handle=self._handle, version=applied.version)
 
     def _report(self, conflicts: Iterable[Conflict], *, refused: bool) -> None:
         for conflict in conflicts:

@@ -8,7 +8,7 @@ one. The layout of the metadata is that of the scripts' headers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .errors import CorruptSession
@@ -17,20 +17,13 @@ from .errors import CorruptSession
 FORMAT = 1
 
 _IDENTITY_BYTES = 45
-_STATE_BYTES = 36
-# The metadata fields that are no part of a snapshot: ring, journal, former digests, moment of clear.
-_INTERNAL = (b"@r", b"@q", b"@j", b"@k", b"@f", b"@c")
+_STATE_BYTES = 41
+_NONE: Mapping[bytes, int] = MappingProxyType({})
 
 
-class Pair(NamedTuple):
-    """A version and the write id of the commit that made it.
-
-    A failover can lose a commit and count the same number again; the pair
-    tells the two apart.
-    """
-
-    version: int
-    write_id: bytes
+#: A version and the write id of the commit that made it, as the metadata has them: 4 and 8 bytes. A
+#: failover can lose a commit and count the same number again; the pair tells the two apart.
+Pair = bytes
 
 
 def field_name(key: str) -> bytes:
@@ -52,24 +45,24 @@ def session_key(name: bytes) -> str | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A session at one version.
+class Snapshot(NamedTuple):
+    """A session at one version."""
 
-    :param identity: the metadata field ``@i``: format, digest, creation, absolute deadline.
-    :param state: the metadata field ``@v``: version pair, moments, byte count, permanence.
-    :param fields: hash field names to stored bytes, metadata left out.
-    """
-
-    identity: bytes = field(repr=False)
-    state: bytes = field(repr=False)
-    fields: Mapping[bytes, bytes] = field(repr=False)
+    #: The metadata field ``@i``: format, digest, creation, absolute deadline.
+    identity: bytes
+    #: The metadata field ``@v``: version pair, moments, byte count, permanence.
+    state: bytes
+    #: Hash field names to stored bytes, metadata left out.
+    fields: Mapping[bytes, bytes]
     #: Idle lifetime of its own in milliseconds, None where the app's counts.
     lifetime_ms: int | None = None
     principal: str | None = None
     label: str | None = None
     #: Hash field names to the millisecond of the server's clock at which they end.
-    deadlines: Mapping[bytes, int] = field(default_factory=dict)
+    deadlines: Mapping[bytes, int] = _NONE
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of version {self.version}>"
 
     @property
     def digest(self) -> bytes:
@@ -89,7 +82,7 @@ class Snapshot:
     @property
     def pair(self) -> Pair:
         """The version and the write id that made it."""
-        return Pair(int.from_bytes(self.state[:4]), self.state[4:12])
+        return self.state[:12]
 
     @property
     def touched_ms(self) -> int:
@@ -111,7 +104,7 @@ class Snapshot:
         """Whether the browser is to keep the cookie over its own end."""
         return self.state[35] == 1
 
-    def get(self, name: bytes, now_ms: int) -> bytes | None:
+    def value(self, name: bytes, now_ms: int) -> bytes | None:
         """Return a field's bytes, None if it is missing or past its own deadline."""
         value = self.fields.get(name)
         if value is not None and self.deadlines and self.deadlines.get(name, now_ms + 1) <= now_ms:
@@ -131,7 +124,7 @@ class Snapshot:
         """Return the same fields under newer metadata, as a confirmation or a refresh sends it."""
         if state == self.state and identity == self.identity:
             return self
-        return replace(self, identity=_checked(identity, state), state=state)
+        return self._replace(identity=_checked(identity, state), state=state)
 
 
 def _checked(identity: bytes | None, state: bytes | None) -> bytes:
@@ -185,12 +178,14 @@ def read_hash(raw: dict[bytes, bytes]) -> Snapshot:
     pop = raw.pop
     state = pop(b"@v", None)
     identity = _checked(pop(b"@i", None), state)
-    for name in _INTERNAL:
-        pop(name, None)
+    pop(b"@r", None)
+    pop(b"@j", None)
+    if state is None or state[36] == 0:  # nothing that is used rarely
+        return Snapshot(identity, state or b"", raw)
+    pop(b"@f", None)
+    pop(b"@c", None)
     lifetime, principal, label = pop(b"@e", None), pop(b"@p", None), pop(b"@l", None)
     deadlines = pop(b"@x", None)
-    if lifetime is principal is label is deadlines is None:
-        return Snapshot(identity, state or b"", raw)
     return Snapshot(identity, state or b"", raw, *_extras(lifetime, principal, label, deadlines))
 
 

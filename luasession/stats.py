@@ -30,10 +30,11 @@ class Stats:
         self._lock = Lock()
         self._counts = dict.fromkeys(_NAMES, 0)
 
-    def add(self, name: str, count: int = 1) -> None:
-        """Count."""
+    def add(self, name: str, nbytes: int = 0) -> None:
+        """Count one, and the bytes that travelled with it."""
         with self._lock:
-            self._counts[name] += count
+            self._counts[name] += 1
+            self._counts["bytes"] += nbytes
 
     def counts(self) -> dict[str, int]:
         """Return all counters."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from threading import Lock
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from .cache import SnapshotCache
@@ -22,9 +24,10 @@ from .errors import CorruptSession, LuaSessionError, SessionTooLarge, SessionUna
 from .ids import SessionId, new_write_id, same_digest
 from .outcome import Applied, Conflicting, Loaded, Refused, Standing
 from .scripts import Code, script
-from .snapshot import Pair, Snapshot, read_changes, read_hash
+from .snapshot import Snapshot, read_changes, read_hash
 from .stats import Stats
 
+_NOTHING: Mapping[bytes, bytes | None] = MappingProxyType({})
 _Result = TypeVar("_Result")
 
 
@@ -45,7 +48,6 @@ class _Process:
     """What belongs to one process: a fork starts afresh with its own."""
 
     def __init__(self, config: Config) -> None:
-        self.pid = os.getpid()
         self.lock = Lock()
         self.client: Client | None = None
         self.cache = SnapshotCache(config.cache_bytes)
@@ -63,7 +65,10 @@ class Store:
     def __init__(self, config: Config, name: str) -> None:
         self._config = config
         self._name = name
-        self._process = _Process(config)
+        self._here = _Process(config)
+        # What another thread held while it forked, a lock or half a conversation with Redis, is never
+        # touched in the child. The hook holds the store weakly, as there is no way to take it back.
+        os.register_at_fork(after_in_child=_starter_afresh(weakref.ref(self)))
         replicas = config.wait_replicas
         self._wait = (replicas, config.wait_timeout_ms) if replicas else None
 
@@ -97,7 +102,6 @@ class Store:
         :raise CorruptSession: if what is stored is not a session of a known format.
         """
         here = self._here
-        here.stats.add("loads")
         entry = None if self._config.cache_ttl is None else here.cache.get(session_id)
         if entry is None:
             snapshot = self._read_whole(session_id, caller)
@@ -127,13 +131,12 @@ class Store:
         def send(sent: int, _first: int) -> Snapshot | None:
             reply = self._client.call(b"HGETALL", key, accept=_is_hash)
             if not isinstance(reply, dict):
-                pairs = iter(reply)
-                reply = dict(zip(pairs, pairs, strict=True))
+                reply = _paired(reply)
             identity = reply.get(b"@i")
             if identity is None or not same_digest(identity[1:33], session_id.digest):
                 return None
             snapshot = read_hash(reply)
-            self._here.stats.add("bytes", snapshot.size)
+            self._here.stats.add("loads", snapshot.size)
             self._remember(session_id.handle, snapshot, sent)
             return snapshot
 
@@ -151,8 +154,7 @@ class Store:
                 sent,
                 digest,
                 (sent - caller.opened) // 1000,
-                base.version if base else b"",
-                base.pair.write_id if base else b"",
+                base.pair if base else b"",
                 caller.lifetime_ms,
                 self._config.touch_ms(lifetime_ms),
                 self._config.grace_ms,
@@ -160,18 +162,17 @@ class Store:
 
         sent, (code, _id, _now, *rest) = self._persist(caller, send)
         if code not in _SNAPSHOTS:
+            here.stats.add("loads")
             here.cache.drop(session_id.handle)
             return Loaded(_standing(code))
         identity, state, former, touched, *items = rest
+        here.stats.add("loads", sum(len(item) for item in items if item))
         if code == Code.UNCHANGED and base:
             snapshot = base.at(identity, state)
         elif code == Code.CHANGED and base:
             snapshot = read_changes(base, (identity, state, *items))
-            here.stats.add("bytes", sum(len(item) for item in items if item))
         else:
-            pairs = iter(items)
-            snapshot = read_hash(dict(zip(pairs, pairs, strict=True)))
-            here.stats.add("bytes", snapshot.size)
+            snapshot = read_hash(_paired(items))
         if former:
             return Loaded(Standing.FORMER, snapshot, bool(touched))
         if digest:
@@ -224,24 +225,27 @@ class Store:
     ) -> Applied | Conflicting | Refused:
         config = self._config
         write_id = new_write_id()
-        base = delta.base
         sets = _pack_sets(delta)
+        flags = create | delta.cleared << 1
+        if delta.rotation is None or delta.rotation.in_flight:
+            flags |= 4
+        numbers = b"".join(
+            (
+                flags.to_bytes(1),
+                caller.lifetime_ms.to_bytes(6),
+                (config.absolute_ms or 0).to_bytes(6),
+                config.grace_ms.to_bytes(6),
+                config.touch_ms(caller.lifetime_ms).to_bytes(6),
+                config.max_bytes.to_bytes(4),
+            )
+        )
         fixed: tuple[Argument, ...] = (
-            int(create),
-            base.version if base else b"",
-            base.write_id if base else b"",
-            b"".join(own[:4] for own in delta.own),
+            delta.base or b"",
+            b"".join([own[:4] for own in delta.own]),
             sets,
-            b"".join(_pack_check(name, check) for name, check in delta.deletes.items()),
+            b"".join([_pack_check(name, check) for name, check in delta.deletes.items()]),
             b"*" if delta.reads is None else b"".join(map(_pack_name, delta.reads)),
-            int(delta.cleared),
             rotate_to.digest if rotate_to else b"",
-            int(delta.rotation.in_flight) if delta.rotation else 1,
-            caller.lifetime_ms,
-            config.absolute_ms or 0,
-            config.grace_ms,
-            config.touch_ms(caller.lifetime_ms),
-            config.max_bytes,
             b"" if delta.permanent is None else int(delta.permanent),
             b"" if delta.lifetime_ms is None else delta.lifetime_ms,
             _pack_change(delta.principal),
@@ -249,35 +253,27 @@ class Store:
         )
 
         def send(sent: int, first: int) -> tuple[int, list[Any]]:
+            age_resend = ((sent - caller.opened) // 1000).to_bytes(7) + _resend(sent, first).to_bytes(7)
             return sent, self._run(
-                "commit",
-                handle,
-                write_id,
-                sent,
-                digest,
-                (sent - caller.opened) // 1000,
-                # Marked as sent again: not found in the ring, it may have been applied all the same.
-                max((sent - first) // 1000, 1) if sent != first else 0,
-                *fixed,
-                wait=self._wait,
+                "commit", handle, write_id, sent, digest, age_resend + numbers, *fixed, wait=self._wait
             )
 
         sent, (code, _id, now_us, *rest) = self._persist(caller, send)
         here = self._here
         if code == Code.APPLIED:
-            here.stats.add("commits")
-            here.stats.add("bytes", len(sets))
+            here.stats.add("commits", len(sets))
             expected = rotate_to.digest if rotate_to else digest
             fresh = create or delta.cleared
-            return self._applied(handle, write_id, delta, rest, int(now_us) // 1000, sent, expected, fresh)
+            return self._applied(
+                handle, write_id, delta, rest, int.from_bytes(now_us) // 1000, sent, expected, fresh
+            )
         if code == Code.CONFLICT:
             _identity, state, *items = rest
-            pairs = iter(items)
-            current = dict(zip(pairs, pairs, strict=True))
+            current = _paired(items)
             everything = b"*" in current and delta.reads is None
             if everything:
                 current.pop(b"*")
-            return Conflicting(Pair(int.from_bytes(state[:4]), state[4:12]), current, everything)
+            return Conflicting(state[:12], current, everything)
         if code == Code.LARGE:
             raise SessionTooLarge(rest[0], config.max_bytes)
         if code == Code.UNKNOWN:
@@ -297,29 +293,33 @@ class Store:
         fresh: bool,
     ) -> Applied:
         cache = self._here.cache
-        version, replaced_version, replaced_id, identity, state, touched, expiry, *items = rest
-        replaced = Pair(replaced_version, replaced_id)
+        packed, *items = rest
+        replaced, identity, state = packed[4:16], packed[18:63], packed[63:]
         former = bool(expected) and not same_digest(identity[1:33], expected)
-        held = None if fresh else cache.replaced(handle, replaced)
+        snapshot = None
         # If it was found in the ring, others may have come after it: then the state is theirs.
-        exact = state[4:12] == write_id and not former and self._config.cache_ttl is not None
-        if exact and fresh:
-            cache.put(handle, delta.over(None, identity, state, now_ms), sent)
-        elif exact and held:
-            cache.advance(handle, replaced, delta.over(held, identity, state, now_ms), sent)
-        else:
+        if state[4:12] != write_id or former or self._config.cache_ttl is None:
             cache.drop(handle)
-        pairs = iter(items)
+        elif fresh:
+            snapshot = delta.over(None, identity, state, now_ms)
+            cache.put(handle, snapshot, sent)
+        else:
+            snapshot = cache.advance(
+                handle, replaced, lambda held: delta.over(held, identity, state, now_ms), sent
+            )
+        report = _paired(items) if items else _NOTHING
         return Applied(
-            Pair(version, write_id),
+            int.from_bytes(packed[:4]),
+            write_id,
             replaced,
+            snapshot,
             former,
             identity,
             state,
-            bool(touched),
-            bool(expiry),
+            packed[16] == 1,
+            packed[17] == 1,
             now_ms,
-            dict(zip(pairs, pairs, strict=True)),
+            report,
         )
 
     def destroy(
@@ -346,7 +346,7 @@ class Store:
                 new_write_id(),
                 sent,
                 digest,
-                max((sent - first) // 1000, 1) if sent != first else 0,
+                _resend(sent, first),
                 self._config.grace_ms,
                 b"" if principal is None else "=" + principal,
                 int(always),
@@ -375,14 +375,9 @@ class Store:
         """Return a caller that waits for Redis as long as a request does."""
         return Caller(opened, lifetime_ms, Patience(self._config.redis_deadline))
 
-    @property
-    def _here(self) -> _Process:
-        # Compared at each use, not hooked to the fork: what another thread held while it forked, a lock
-        # or half a conversation with Redis, is never touched in the child.
-        process = self._process
-        if process.pid != os.getpid():
-            process = self._process = _Process(self._config)
-        return process
+    def start_afresh(self) -> None:
+        """Forget connections, cache and counters, as in the child of a fork."""
+        self._here = _Process(self._config)
 
     @property
     def _client(self) -> Client:
@@ -454,7 +449,7 @@ class Store:
             fallback=reloaded,
             wait=wait,
         )
-        self._set_clock(int(reply[2]), sent)
+        self._set_clock(int.from_bytes(reply[2]), sent)
         return reply
 
     @staticmethod
@@ -478,6 +473,15 @@ class Store:
             sent = time.monotonic_ns()
 
 
+def _starter_afresh(reference: weakref.ref[Store]) -> Callable[[], None]:
+    def start() -> None:
+        store = reference()
+        if store is not None:
+            store.start_afresh()
+
+    return start
+
+
 _SNAPSHOTS = (Code.UNCHANGED, Code.CHANGED, Code.FULL)
 
 
@@ -489,6 +493,15 @@ def _standing(code: bytes) -> Standing:
         Code.GONE: Standing.GONE,
         Code.STALE: Standing.STALE,
     }[Code(code)]
+
+
+def _paired(items: list[Any]) -> dict[bytes, Any]:
+    return dict(zip(items[::2], items[1::2], strict=True))
+
+
+def _resend(sent: int, first: int) -> int:
+    # Sent again it is marked so, even within a microsecond: not found in the ring, it may have been applied.
+    return max((sent - first) // 1000, 1) if sent != first else 0
 
 
 def _is_hash(reply: Any) -> bool:
@@ -508,19 +521,15 @@ def _pack_check(name: bytes, check: int) -> bytes:
 
 
 def _pack_sets(delta: Delta) -> bytes:
-    return b"".join(
-        b"".join(
-            (
-                put.check.to_bytes(1),
-                put.ttl_ms.to_bytes(6),
-                len(name).to_bytes(4),
-                name,
-                len(put.value).to_bytes(4),
-                put.value,
-            )
+    parts: list[bytes] = []
+    for name, (value, check, ttl_ms) in delta.sets.items():
+        parts += (
+            check.to_bytes(1) + ttl_ms.to_bytes(6) + len(name).to_bytes(4),
+            name,
+            len(value).to_bytes(4),
+            value,
         )
-        for name, put in delta.sets.items()
-    )
+    return b"".join(parts)
 
 
 def _pack_change(change: Change | None) -> bytes:

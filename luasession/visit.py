@@ -7,12 +7,13 @@ deltas; the interface turns what the visit knows at the end into cookies.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from .config import Config, milliseconds
+from .config import Config, idle_lifetime
 from .delta import Delta
 from .errors import SessionUnavailable
 from .ids import SessionId, new_session_id, parse_session_id
@@ -37,6 +38,30 @@ class Visit:
     :param opened: the monotonic nanosecond at which the request opened its session.
     """
 
+    # Defaults stand here, on the class: most requests change none of them.
+    _caller: Caller | None = None
+    _hint = 0
+    _others_hint = False
+    _id: SessionId | None = None
+    _touched = False
+    _closed = False
+    #: How this request stands to the session; None until Redis has been asked.
+    standing: Standing | None = None
+    #: The id that a commit of this request made; the response has to carry it.
+    issued: SessionId | None = None
+    #: The version to put into the hint cookie; None to leave the hint alone.
+    made: int | None = None
+    #: Whether others were writing meanwhile, so that every process has to confirm.
+    others_wrote = False
+    #: Whether the TTL was refreshed, so that the browser's expiry is due as well.
+    refreshed = False
+    #: Whether permanence or lifetime changed, and with them the expiry in the browser.
+    expiry_changed = False
+    #: The metadata of the session as last seen.
+    seen: Snapshot | None = None
+    #: Whether this request ended the session: its cookies have to go.
+    ended = False
+
     def __init__(
         self,
         store: Store,
@@ -51,35 +76,14 @@ class Visit:
         self._request: Request | None = request
         self._settings = settings
         self._opened = opened
-        self._caller: Caller | None = None
-        self._hint = 0
-        self._others_hint = False
-        self._id: SessionId | None = None
-        self._touched = False
-        self._closed = False
         #: The name of the id cookie.
         self.name = name
-        #: How this request stands to the session; None until Redis has been asked.
-        self.standing: Standing | None = None
-        #: The id that a commit of this request made; the response has to carry it.
-        self.issued: SessionId | None = None
-        #: The version to put into the hint cookie; None to leave the hint alone.
-        self.made: int | None = None
-        #: Whether others were writing meanwhile, so that every process has to confirm.
-        self.others_wrote = False
-        #: Whether the TTL was refreshed, so that the browser's expiry is due as well.
-        self.refreshed = False
-        #: Whether permanence or lifetime changed, and with them the expiry in the browser.
-        self.expiry_changed = False
-        #: The metadata of the session as last seen.
-        self.seen: Snapshot | None = None
-        #: Whether this request ended the session: its cookies have to go.
-        self.ended = False
 
     @property
     def id(self) -> SessionId | None:
         """The id of the session, None while there is none."""
-        self._open()
+        if self._request is not None:
+            self._open()
         return None if self.standing is Standing.MISSING else self._id
 
     @property
@@ -92,12 +96,10 @@ class Visit:
     def caller(self) -> Caller:
         """The request, as the store wants to know it."""
         if self._caller is None:
-            self._caller = self._store.caller(self._opened, self._idle_ms())
+            self._caller = self._store.caller(
+                self._opened, idle_lifetime(self._settings["PERMANENT_SESSION_LIFETIME"])
+            )
         return self._caller
-
-    def _idle_ms(self) -> int:
-        lifetime = self._settings["PERMANENT_SESSION_LIFETIME"]
-        return milliseconds(lifetime, "PERMANENT_SESSION_LIFETIME", at_least=1)
 
     @property
     def now_ms(self) -> int:
@@ -107,15 +109,20 @@ class Visit:
     def _open(self) -> None:
         if self._request is None:
             return
-        cookies, self._request = self._request.cookies, None
-        self._id = parse_session_id(cookies.get(self.name, ""), self._config.id_length)
+        header, self._request = self._request.environ.get("HTTP_COOKIE", ""), None
+        # Ids and hints need no unquoting, so three names are looked for and the rest is left unparsed. The
+        # first of a name counts, as everywhere in Flask.
+        found: dict[str, str] = {}
+        for suffix, value in _cookies(self.name).findall(header):
+            found.setdefault(suffix, value.strip())
+        self._id = parse_session_id(found.get("", ""), self._config.id_length)
         if self._id is None:
             self.standing = Standing.MISSING
             return
-        hint = cookies.get(f"{self.name}_v", "")
+        hint = found.get("_v", "")
         if hint.isascii() and hint.isdigit() and len(hint) <= _HINT_DIGITS:
             self._hint = int(hint)
-        self._others_hint = f"{self.name}_o" in cookies
+        self._others_hint = "_o" in found
 
     def load(self) -> Snapshot | None:
         """Return the session as it is, None if it is not there for this request.
@@ -184,7 +191,7 @@ class Visit:
         if not delta.creates or self._closed:
             return Refused(Standing.MISSING)
         if delta.permanent is None:
-            delta = replace(delta, permanent=self._config.permanent)
+            delta = delta._replace(permanent=self._config.permanent)
         session_id = new_session_id(self._config.id_length)
         self._hint = 0
         result = self._store.create(session_id, delta, self.caller)
@@ -244,13 +251,18 @@ class Visit:
             self.seen = Snapshot(applied.identity, applied.state, {})
         # The hint, as RFC 6265 cookies go, may be overtaken by an older answer's. So whoever commits on
         # top of a version that his browser had not seen made asks everybody to confirm for a while (G9).
-        if applied.pair.version != self._hint + 1:
+        if applied.version != self._hint + 1:
             self.others_wrote = True
-        self._hint = self.made = applied.pair.version
+        self._hint = self.made = applied.version
 
 
 _ENDED = (Standing.GONE, Standing.STALE)
 _ABSENT = (Standing.MISSING, *_ENDED)
+
+
+@cache
+def _cookies(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:^|;)\s*{re.escape(name)}(|_v|_o)=([^;]*)")
 
 
 def now_ns() -> int:
