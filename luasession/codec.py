@@ -167,7 +167,7 @@ class _Tagged:
         self._ints = ints
         self._packers = _Packers(
             dict.fromkeys(_BY_TYPE, self._tagged)
-            | {kind: lambda value, depth: value for kind in self._native}
+            | {kind: lambda value, _depth: value for kind in self._native}
             | {int: self._int, list: self._list, dict: self._dict, set: self._set}
             | {frozenset: self._set, tuple: lambda value, depth: {" t": self._list(value, depth)}}
         )
@@ -242,8 +242,9 @@ class _Tagged:
 
 
 class JSONSerializer(_Tagged):
-    """Flask's tagged JSON, widened to all types that a session keeps. UTF-8 without blanks, so
-    that a person can read it in ``redis-cli``.
+    """Flask's tagged JSON, widened to all types that a session keeps.
+
+    UTF-8 without blanks, so that a person can read it in ``redis-cli``.
     """
 
     def __init__(self) -> None:
@@ -350,8 +351,10 @@ def make_serializer(name: str | object) -> Serializer:
 
 
 def is_immutable(value: Any) -> bool:
-    """Tell whether nothing can change a value in place: an exact scalar type of those that a
-    session keeps, or a tuple or frozenset made wholly of these.
+    """Tell whether nothing can change a value in place.
+
+    That is an exact scalar type of those that a session keeps, or a tuple or
+    frozenset made wholly of these.
     """
     # A list and no recursion: a value may be nested more deeply than the stack has room left.
     pending = [value]

@@ -89,13 +89,7 @@ class LuaSessionInterface(SessionInterface):
         if signal.receivers and (app := self._app()) is not None:
             signal.send(app, _async_wrapper=app.ensure_sync, **about)
 
-    def _write_cookies(self, app: Flask, session: LuaSession, response: Response) -> bool:
-        """Set or delete what has to be, and tell whether anything was."""
-        visit = session.visit
-        if not (visit.ended or visit.issued or visit.made or visit.refreshed or visit.expiry_changed):
-            return False
-        name = self.get_cookie_name(app)
-        caching = self._config.cache_ttl is not None
+    def _attributes(self, app: Flask) -> dict[str, Any]:
         attributes: dict[str, Any] = {
             "domain": self.get_cookie_domain(app),
             "path": self.get_cookie_path(app),
@@ -105,6 +99,16 @@ class LuaSessionInterface(SessionInterface):
         }
         if self.get_cookie_partitioned(app):
             attributes["partitioned"] = True
+        return attributes
+
+    def _write_cookies(self, app: Flask, session: LuaSession, response: Response) -> bool:
+        """Set or delete what has to be, and tell whether anything was."""
+        visit = session.visit
+        if not (visit.ended or visit.issued or visit.made or visit.refreshed or visit.expiry_changed):
+            return False
+        name = self.get_cookie_name(app)
+        caching = self._config.cache_ttl is not None
+        attributes = self._attributes(app)
         others = response.headers.getlist("Set-Cookie")
         if visit.ended:
             for cookie in (name, f"{name}_v", f"{name}_o") if caching else (name,):

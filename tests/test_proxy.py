@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import redis
-from proxy import Proxy, anything, command, read_frame, read_request
-from servers import Server, available_kinds, standalone
+
+from .proxy import Proxy, anything, command, read_frame, read_request
+from .servers import Server, available_kinds, standalone
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,0 +1,170 @@
+"""A real web server: gunicorn with several processes and threads, and browsers that use sockets."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.cookies import SimpleCookie
+from pathlib import Path
+from typing import Any
+
+from flask import Flask, request, session
+
+from luasession import Session
+
+from .servers import Server, eventually
+
+_SETTINGS = "LUASESSION_TEST_SETTINGS"
+
+
+def create_app() -> Flask:
+    """Make the app that the workers serve; its settings come as JSON in the environment."""
+    app = Flask(__name__)
+    app.config.update(json.loads(os.environ[_SETTINGS]))
+    Session(app)
+
+    @app.route("/ready")
+    def ready() -> str:
+        return "ready"
+
+    @app.route("/start", methods=["POST"])
+    def start() -> str:
+        session.update(request.get_json())
+        return "ok"
+
+    @app.route("/set/<key>")
+    def set_key(key: str) -> str:
+        time.sleep(0.05)
+        session[key] = key
+        return "ok"
+
+    @app.route("/nest/<key>")
+    def nest(key: str) -> str:
+        values = session[key]
+        time.sleep(0.05)
+        values["added"] = key
+        return "ok"
+
+    @app.route("/delete/<key>")
+    def delete(key: str) -> str:
+        value = session[key]
+        time.sleep(0.05)
+        del session[key]
+        return str(value)
+
+    @app.route("/increment/<how>")
+    def increment(how: str) -> str:
+        if how == "atomic":
+            session.atomic_update("hits", lambda hits: hits + 1, 0)
+        else:
+            session["hits"] = session.get("hits", 0) + 1
+        return "ok"
+
+    @app.route("/logout")
+    def logout() -> str:
+        session.clear()
+        return "bye"
+
+    @app.route("/")
+    def show() -> dict[str, Any]:
+        return {"pid": os.getpid(), "session": dict(session), "version": session.version}
+
+    return app
+
+
+class Web:
+    """A running web server."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    def browser(self, cookies: dict[str, str] | None = None) -> WebBrowser:
+        """Return a browser, with these cookies to begin with."""
+        return WebBrowser(self.port, cookies or {})
+
+
+class WebBrowser:
+    """A cookie jar and a socket."""
+
+    def __init__(self, port: int, cookies: dict[str, str]) -> None:
+        self._port = port
+        self.cookies = dict(cookies)
+
+    def request(self, path: str, body: Any = None) -> tuple[int, bytes, list[str]]:
+        """Send one request; return status, body and the cookies that were set."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
+        headers = {"Cookie": "; ".join(f"{name}={value}" for name, value in self.cookies.items())}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        connection.request("GET" if body is None else "POST", path, json.dumps(body) if body else None, headers)
+        response = connection.getresponse()
+        content = response.read()
+        lines = response.headers.get_all("Set-Cookie") or []
+        for line in lines:
+            for name, morsel in SimpleCookie(line).items():
+                if morsel["max-age"] == "0":
+                    self.cookies.pop(name, None)
+                else:
+                    self.cookies[name] = morsel.value
+        connection.close()
+        return response.status, content, lines
+
+    def show(self) -> dict[str, Any]:
+        """Return the session as the app sees it."""
+        status, body, _ = self.request("/")
+        assert status == 200, (status, body)
+        shown: dict[str, Any] = json.loads(body)
+        return shown
+
+    def parallel(self, paths: list[str]) -> list[int]:
+        """Send all at the same time, each with the cookies of now; return their statuses."""
+        with ThreadPoolExecutor(len(paths)) as pool:
+            twins = [WebBrowser(self._port, self.cookies) for _ in paths]
+            return list(pool.map(lambda twin, path: twin.request(path)[0], twins, paths))
+
+
+@contextmanager
+def serving(
+    server: Server, *options: str, workers: int = 3, threads: int = 12, **settings: Any
+) -> Iterator[Web]:
+    """Serve the app by gunicorn on a free port until the block ends."""
+    settings = {"SESSION_REDIS_URL": server.url, **settings}
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = Path(folder) / "port"
+        config = Path(folder) / "gunicorn.conf.py"
+        # Port 0 lets the kernel choose, so that no other process can take it in between.
+        config.write_text(
+            "def when_ready(server):\n"
+            f"    open({str(chosen)!r} + '.new', 'w').write(str(server.LISTENERS[0].sock.getsockname()[1]))\n"
+            f"    import os; os.rename({str(chosen)!r} + '.new', {str(chosen)!r})\n"
+        )
+        command = [sys.executable, "-m", "gunicorn", "tests.web:create_app()", "--bind", "127.0.0.1:0"]
+        command += ["--workers", str(workers), "--threads", str(threads), "--log-level", "error"]
+        command += ["--config", str(config), *options]
+        environment = {**os.environ, _SETTINGS: json.dumps(settings), "XDG_RUNTIME_DIR": folder}
+        process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[1])
+        try:
+            assert eventually(lambda: chosen.exists() or process.poll() is not None, 30)
+            assert process.poll() is None, "gunicorn did not start"
+            web = Web(int(chosen.read_text()))
+            assert eventually(lambda: _answers(lambda: web.browser().request("/ready")), 30)
+            yield web
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def _answers(send: Callable[[], object]) -> bool:
+    try:
+        send()
+    except OSError:
+        return False
+    return True
