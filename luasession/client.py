@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from threading import Semaphore
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 import redis
 from redis.backoff import NoBackoff
@@ -269,8 +269,7 @@ def _pool_of(config: Config, name: str) -> redis.ConnectionPool:
             " unix:// or embedded://"
         )
     if scheme == "embedded":
-        directory = urlsplit(url).path or rest
-        url = f"unix://{embedded.start(embedded.directory_from(directory), name=name)}"
+        url = "unix://" + quote(embedded.start(embedded.directory_from(rest), name=name))
     elif scheme in {"valkey", "valkeys"}:
         url = ("rediss://" if scheme == "valkeys" else "redis://") + rest
     options: dict[str, Any] = {"protocol": 2}

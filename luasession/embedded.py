@@ -9,7 +9,8 @@ which the kernel drops when their holder dies, however it dies:
 file                lock       held by
 ==================  =========  ======================================================
 ``users.lock``      shared     each process that uses the server, for its whole life
-``start.lock``      exclusive  whoever starts the server, or ends it, until that is done
+..                  exclusive  the supervisor, from its decision to end the server on
+``start.lock``      exclusive  whoever starts the server or joins, until that is done
 ``supervisor.lock`` exclusive  the supervisor, for its whole life
 ``server.lock``     exclusive  the supervisor and the server, until both are gone
 ==================  =========  ======================================================
@@ -173,13 +174,13 @@ def _socket_path(directory: Path) -> Path:
 
 @contextmanager
 def _starting(directory: Path) -> Iterator[None]:
-    """Keep everybody else from starting, joining or ending the server.
+    """Keep everybody else from starting or joining the server.
 
     The file is opened anew each time, so that threads exclude each other too.
     """
     descriptor = _open(directory / _START)
     try:
-        _wait_until(partial(_take, descriptor), "others are starting or ending its server")
+        _wait_until(partial(_take, descriptor), "others are starting its server")
         yield
     finally:
         # Released by name: closing would not do if another thread forked meanwhile, since
@@ -198,8 +199,7 @@ def _join(directory: Path) -> None:
             if os.path.samestat(os.fstat(_joined[directory]), path.stat()):
                 return
     descriptor = _open(path)
-    # Never waits long: the supervisor takes this lock for a moment only, or under start.lock.
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    _wait_until(partial(_take, descriptor, shared=True), "its server is ending")
     _joined[directory] = descriptor
 
 
@@ -286,9 +286,10 @@ def _open(path: Path, how: int = os.O_RDWR) -> int:
     return os.open(path, how | os.O_CREAT | os.O_NOFOLLOW, 0o600)
 
 
-def _take(descriptor: int) -> bool:
+def _take(descriptor: int, *, shared: bool = False) -> bool:
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -373,25 +374,21 @@ def _end_with_parent(parent: int) -> None:
 def _wait_for_last_user(server: subprocess.Popen[bytes], directory: Path, linger: float) -> None:
     """Return when the server has died, or nobody has used it for ``linger`` seconds.
 
-    In the second case ``start.lock`` is kept until this process ends. Who takes it
-    joins under it too, so nobody can be arriving, and who arrives later waits and
-    then finds nothing running.
+    In the second case ``users.lock`` is kept until this process ends: who comes now
+    waits for that, and then finds nothing running. Let go any earlier, and a user
+    could still get an answer from a server that is about to end.
     """
     users = _open(directory / _USERS)
-    starting = _open(directory / _START)
     last_used = time.monotonic()
     while server.poll() is None:
         time.sleep(linger / _LOOKS)
         now = time.monotonic()
         if not _take(users):
             last_used = now
-            continue
-        fcntl.flock(users, fcntl.LOCK_UN)
-        if now - last_used < linger or not _take(starting):
-            continue
-        if _take(users):
+        elif now - last_used < linger:
+            fcntl.flock(users, fcntl.LOCK_UN)
+        else:
             return
-        fcntl.flock(starting, fcntl.LOCK_UN)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ class Conflict:
         self.theirs = theirs
         self.ours = ours
         self.outcome = outcome
+        #: Whether the policy could make sense of the types; if not, ours was stored.
+        self.fits = True
         self.policy = policy
 
 
@@ -316,10 +318,13 @@ class Ledger:
             found.append(Conflict(key, self.decoded(base), self.decoded(theirs), value, value, policy))
         return found
 
-    def resolve(self, delta: Delta, conflicting: Conflicting, found: Iterable[Conflict]) -> Delta:
+    def resolve(
+        self, ours: Delta, delta: Delta, conflicting: Conflicting, found: Iterable[Conflict]
+    ) -> Delta:
         """Return the delta that is to be sent next, on top of what is now stored.
 
-        :param delta: what was sent last.
+        :param ours: what this request changed.
+        :param delta: what was sent last: the same, or merged in an earlier round.
         :param found: the conflicts of this request's own delta with what is now stored.
         :raise SessionConflict: if a policy says so.
         """
@@ -334,6 +339,14 @@ class Ledger:
         if refused:
             raise SessionConflict(refused)
         sets, deletes = dict(delta.sets), dict(delta.deletes)
+        for name in conflicting.current:
+            # Merged in an earlier round with what has moved again since: begin anew from ours.
+            sets.pop(name, None)
+            deletes.pop(name, None)
+            if name in ours.sets:
+                sets[name] = ours.sets[name]
+            else:
+                deletes[name] = ours.deletes[name]
         for conflict in found:
             if callable(conflict.policy):
                 self._merge(conflict, sets, deletes)
@@ -347,7 +360,9 @@ class Ledger:
 
     def _merge(self, conflict: Conflict, sets: dict[bytes, Put], deletes: dict[bytes, Check]) -> None:
         name = field_name(conflict.key)
-        conflict.outcome = conflict.policy(conflict.base, conflict.theirs, conflict.ours)
+        conflict.outcome, conflict.fits = merge.outcome(
+            conflict.policy, conflict.base, conflict.theirs, conflict.ours
+        )
         if conflict.outcome is merge.MISSING:
             sets.pop(name, None)
             deletes[name] = Check.STRICT

@@ -107,10 +107,10 @@ def add(base: Any, theirs: Any, ours: Any) -> Any:
         # Only an infinity or a NaN leaves something when taken from itself.
         if any(number - number != 0 for number in (start, others, own)):
             raise _Misfit
-        increment = own - start if theirs is MISSING else own + (others - start)
+        total = own + (others - start)
     except ArithmeticError as error:  # a Decimal's signal, or an int too large for a float
         raise _Misfit from error
-    return MISSING if ours is MISSING else increment
+    return MISSING if ours is MISSING else total
 
 
 @_falls_back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from .policy import Policies
     from .snapshot import Snapshot
     from .visit import Visit
+
+_log = logging.getLogger("luasession")
 
 # Merge rounds go on until the deadline, but never fewer than that.
 _ROUNDS = 64
@@ -99,6 +102,8 @@ class LuaSession(SessionMixin):
         return snapshot
 
     def _corrupt(self, key: str, error: Exception) -> None:
+        kind = type(error).__name__
+        _log.warning("session %s: the value of %r does not decode: %s", self._handle, key, kind)
         self._notify(signals.session_corrupt, handle=self._handle, key=key, error=error)
 
     @property
@@ -481,7 +486,7 @@ class LuaSession(SessionMixin):
         def resolve(delta: Delta, conflicting: Conflicting) -> Delta:
             found = self._ledger.conflicts(ours, conflicting.current)
             try:
-                merged = self._ledger.resolve(delta, conflicting, found)
+                merged = self._ledger.resolve(ours, delta, conflicting, found)
             except SessionConflict:
                 self._report(found, refused=True)
                 raise

@@ -493,6 +493,8 @@ def test_append_by_example(base: Any, theirs: Any, ours: Any, expected: Any) -> 
         ("abc", "act", "cbao", "acto"),
         ("aba", "abat", "aboa", "aboat"),
         ("ab", "xyab", "aob", "xyaob"),
+        ("xyxz", "xyxzt", "xyxoz", "xyxozt"),
+        ("xyxz", "xyxzt", "xoyxz", "xoyxzt"),
     ],
 )
 def test_append_keeps_places(base: str, theirs: str, ours: str, expected: str) -> None:
@@ -718,6 +720,16 @@ def test_deep_by_example(base: Any, theirs: Any, ours: Any, expected: Any) -> No
     value, fits = merge.outcome(merge.deep, base, theirs, ours)
     assert look(value) == look(expected)
     assert fits
+
+
+@for_all(base=values, other=values)
+def test_deep_one_side_a_key(base: Any, other: Any) -> None:
+    """A key that one side changed is that side's own object, in a dict that both changed."""
+    result = merge.deep({"k": base}, {"k": copy.deepcopy(base), "t": 1}, {"k": other, "o": 1})
+    assert result.get("k") is other
+    assume(look(other) != look(base))
+    result = merge.deep({"k": base}, {"k": other, "t": 1}, {"k": copy.deepcopy(base), "o": 1})
+    assert result.get("k") is other
 
 
 def test_deep_keeps_the_order_of_keys() -> None:

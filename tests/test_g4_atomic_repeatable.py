@@ -1,0 +1,77 @@
+"""G4: a commit applies whole or not at all, and all reads of a request are of one version."""
+
+from __future__ import annotations
+
+import pytest
+from flask import session
+
+from luasession import SessionTooLarge
+
+from .conftest import MakeApp, TestApp
+
+
+def test_reads_are_of_one_version(app: TestApp) -> None:
+    """What others commit while a request is open is not seen by it, key by key or whole."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1, b=1))
+    other = browser.twin()
+
+    def view() -> None:
+        assert session["a"] == 1
+        other.run(lambda: session.update(a=2, b=2))
+        assert session["b"] == 1
+        session["c"] = 1
+        session.commit()
+        assert dict(session) == {"a": 1, "b": 1, "c": 1}
+        session.reload()
+        assert dict(session) == {"a": 2, "b": 2, "c": 1}
+
+    browser.run(view)
+
+
+def test_a_reader_stays_a_reader_over_a_commit(app: TestApp) -> None:
+    """A value read before session.commit() is compared with what it was then, and not written back."""
+    browser = app.browser()
+    browser.run(lambda: session.update(read=[1], own=0))
+    other = browser.twin()
+
+    def view() -> None:
+        assert session["read"] == [1]
+        other.run(lambda: session.update(read=[2]))
+        session["own"] = 1
+        session.commit()
+        assert session["read"] == [1]
+
+    browser.run(view)
+    assert browser.run(lambda: dict(session)) == {"read": [2], "own": 1}
+
+
+def test_an_unserializable_value_stores_nothing(app: TestApp) -> None:
+    """One value that cannot be stored stops the whole delta; the old data stays."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+
+    def view() -> None:
+        session["a"] = 2
+        session["b"] = object()
+
+    browser.run(view, status=500)
+    assert browser.run(lambda: (dict(session), session.version)) == ({"a": 1}, 1)
+
+
+def test_too_large_stores_nothing(make_app: MakeApp) -> None:
+    """Over SESSION_MAX_BYTES it is a 413 and nothing is written; what does not grow still passes."""
+    app = make_app(SESSION_MAX_BYTES=1000)
+    browser = app.browser()
+    browser.run(lambda: session.update(a="x" * 900))
+
+    def grow() -> None:
+        session["b"] = "y" * 200
+        with pytest.raises(SessionTooLarge) as caught:
+            session.commit()
+        assert caught.value.limit == 1000
+
+    browser.run(grow, status=413)
+    assert browser.run(lambda: sorted(session)) == ["a"]
+    browser.run(lambda: session.update(a="z" * 900))
+    assert browser.run(lambda: session["a"]) == "z" * 900

@@ -1,0 +1,122 @@
+"""G7: what was open when a session ended or was cleared cannot bring it, or its data, back."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Event
+from typing import Any
+
+import pytest
+from flask import session
+
+from luasession.signals import session_discarded
+
+from .conftest import MakeApp, TestApp
+
+
+@pytest.mark.parametrize("how", ["clear", "destroy"])
+def test_twenty_writers_cannot_undo_a_logout(app: TestApp, how: str) -> None:
+    """Twenty writers open over a logout, half of them blind: a tombstone is all that is left."""
+    discarded: list[Any] = []
+
+    def receive(_sender: Any, **about: Any) -> None:
+        discarded.append(about["handle"])
+
+    session_discarded.connect(receive, app.flask, weak=False)
+    browser = app.browser()
+    browser.run(lambda: session.update(user="ada"))
+    handle = browser.run(lambda: session.handle)
+    begun, ended = Barrier(21), Event()
+
+    def write(n: int) -> dict[str, str]:
+        twin = browser.twin()
+
+        def view() -> None:
+            if n % 2:
+                assert session["user"] == "ada"
+            begun.wait(20)
+            assert ended.wait(20)
+            session[f"key{n}"] = n
+
+        twin.run(view)
+        return twin.set_cookies
+
+    with ThreadPoolExecutor(20) as pool:
+        writers = [pool.submit(write, n) for n in range(20)]
+        begun.wait(20)
+        time.sleep(0.05)  # ages are exact to a call's transit; this is well over it
+        browser.run(lambda: session.clear() if how == "clear" else session.destroy())
+        ended.set()
+        assert [writer.result() for writer in writers] == [{}] * 20
+    assert set(app.stored(handle)) == {b"@t"}
+    assert app.keys() == [(app.prefix + handle).encode()]
+    assert discarded == [handle] * 20
+    assert browser.cookies == {}
+
+
+def test_a_blind_write_after_the_end_starts_anew(app: TestApp) -> None:
+    """A request that begins after the end, with the dead id, gets a new session."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    late, dead = browser.twin(), browser.run(lambda: session.handle)
+    browser.run(lambda: session.destroy())
+    late.run(lambda: session.update(b=1))
+    assert late.run(lambda: dict(session)) == {"b": 1}
+    assert late.run(lambda: session.handle) != dead
+
+
+def test_clear_and_new_keys_keeps_exactly_the_new_keys(app: TestApp) -> None:
+    """What was open over a clear that set new keys, blind or not, adds nothing to them."""
+    browser = app.browser()
+    browser.run(lambda: session.update(old=1))
+    blind, reader, other = browser.twin(), browser.twin(), browser.twin()
+
+    def clear() -> None:
+        session.clear()
+        session["new"] = 1
+
+    def outer_blind() -> None:
+        time.sleep(0.05)
+        other.run(clear)
+        session["blind"] = 1
+
+    def outer_reader() -> None:
+        assert session["old"] == 1
+        time.sleep(0.05)
+        blind.run(outer_blind)
+        session["read"] = 1
+
+    reader.run(outer_reader)
+    assert browser.twin().run(lambda: dict(session)) == {"new": 1}
+
+
+def test_a_base_from_before_the_end_is_dropped_whenever_it_began(make_app: MakeApp) -> None:
+    """A process with a warm cache that begins after the end reads its snapshot, and cannot write it."""
+    app = make_app(SESSION_CACHE_TTL=60.0)
+    warm = app.another()
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    elsewhere = browser.twin(warm)
+    assert elsewhere.run(lambda: session["a"]) == 1
+    handle = browser.run(lambda: session.handle)
+    browser.run(lambda: session.destroy())
+
+    def view() -> None:
+        session["b"] = session["a"]
+
+    elsewhere.run(view)
+    assert set(app.stored(handle)) == {b"@t"}
+    assert app.keys() == [(app.prefix + handle).encode()]
+
+
+def test_the_tombstone_goes_after_the_grace(make_app: MakeApp) -> None:
+    """A tombstone has a TTL of the grace time, and holds nothing but the moment of the end."""
+    app = make_app(SESSION_ROTATION_GRACE=7)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    handle = browser.run(lambda: session.handle)
+    browser.run(lambda: session.clear())
+    assert app.server is not None
+    with app.server.client() as client:
+        assert 0 < client.pttl(app.prefix + handle) <= 7000
