@@ -148,8 +148,9 @@ if base_version and not create and (base_version ~= version or base_id ~= last_i
   local number, floor_id = struct.unpack('>I4c4', journal)
   base_known = base_version == number and prefix == floor_id
   base_lost = base_version >= number
-  local at = 9
-  while base_version >= number and at <= #journal do
+  -- A base from before the floor is not to be found; from the floor on, all entries are walked.
+  local at = base_version < number and #journal + 1 or 9
+  while at <= #journal do
     local id, count
     id, count, at = struct.unpack('>c4B', journal, at)
     number = number + 1

@@ -108,9 +108,10 @@ if base ~= '' then
   local base_version, prefix = struct.unpack('>I4c4', base)
   local number, floor_id = struct.unpack('>I4c4', journal)
   local known, everything = base_version == number and prefix == floor_id, false
-  local at = 9
+  -- A base from before the floor is not to be found; from the floor on, all entries are walked.
+  local at = base_version < number and #journal + 1 or 9
   names = {}
-  while base_version >= number and at <= #journal do
+  while at <= #journal do
     local id, count
     id, count, at = struct.unpack('>c4B', journal, at)
     number = number + 1

@@ -134,6 +134,12 @@ class TestApp:
         """Return a browser without cookies."""
         return Browser(self)
 
+    def browser_with_header(self, cookie: str) -> Browser:
+        """Return a browser that sends this Cookie header, whatever it holds, and keeps no cookies."""
+        client = self.flask.test_client(use_cookies=False)
+        client.environ_base["HTTP_COOKIE"] = cookie.encode().decode("latin1")
+        return Browser(self, client)
+
     @property
     def prefix(self) -> str:
         return str(self.flask.config["SESSION_KEY_PREFIX"])

@@ -163,3 +163,19 @@ def test_a_conflict_beyond_the_journal_is_still_one(make_app: MakeApp) -> None:
 
     after = overlap(app, theirs, lambda: session["key"].append("ours"), status=409)
     assert after["key"] == ["theirs"]
+
+
+def test_a_conflict_behind_other_commits_is_found(make_app: MakeApp) -> None:
+    """However many commits of others lie between, the one that changed the key is found in the journal."""
+    app = make_app(SESSION_CONFLICT="raise")
+
+    def theirs() -> None:
+        for n in range(3):
+            session[f"other{n}"] = n
+            session.commit()
+        session["key"] = ["theirs"]
+        session.commit()
+        session["last"] = 1
+
+    after = overlap(app, theirs, lambda: session["key"].append("ours"), status=409)
+    assert after["key"] == ["theirs"]

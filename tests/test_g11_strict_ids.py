@@ -1,0 +1,108 @@
+"""G11: ids that the server did not issue are never adopted; the secret stays with the browser."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+
+import pytest
+from flask import session
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from luasession.ids import SessionId, new_session_id, parse_session_id
+
+from .conftest import MakeApp, TestApp
+from .servers import Server
+
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+
+
+def send(app: TestApp, cookie: str) -> dict[str, str]:
+    browser = app.browser_with_header(f"session={cookie}")
+    result: dict[str, str] = browser.run(lambda: dict(session))
+    assert browser.set_cookies == {}
+    return result
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.one_of(st.text(st.characters(codec="latin-1")), st.text(ALPHABET + "."), st.binary().map(lambda b: b.decode("latin1"))))
+def test_garbage_costs_nothing(make_valkey_app: MakeApp, valkey: Server, cookie: str) -> None:
+    """Cookies of any bytes and any length: an empty session, no command, no exception."""
+    if parse_session_id(cookie.partition(";")[0].strip(), 32) is not None:
+        return
+    app = make_valkey_app()
+    assert send(app, cookie) == {}
+    assert app.stats()["loads"] == 0
+
+
+@pytest.mark.parametrize("cookie", ["", ".", "a.b", "A" * 22 + "." + "B" * 42, "A" * 21 + "." + "B" * 43, "A" * 22 + "." + "B" * 42 + "=", "A" * 100_000, "A" * 22 + "B" * 43, '"' + "A" * 22 + "." + "B" * 43 + '"'])
+def test_malformed_ids_send_no_command(app: TestApp, cookie: str) -> None:
+    """An id that is off in length or alphabet is refused before Redis is asked, counted at the server."""
+    assert app.server is not None
+    send(app, cookie)
+    with app.server.counting() as commands:
+        assert send(app, cookie) == {}
+    assert len(commands) == 0
+
+
+def test_an_unknown_id_is_never_adopted(app: TestApp) -> None:
+    """An id of the right form that was not issued reads nothing, and a write makes an id of the server's."""
+    forged = new_session_id(32)
+    assert send(app, forged.sid) == {}
+    browser = app.browser()
+    browser.client.set_cookie("session", forged.sid)
+    browser.run(lambda: session.update(a=1))
+    assert browser.cookies["session"].partition(".")[0] != forged.handle
+    assert app.stored(forged.handle) == {}
+
+
+def test_the_cache_checks_the_secret(make_app: MakeApp) -> None:
+    """A right handle with a wrong secret gets nothing, with the session warm in the cache."""
+    app = make_app(SESSION_CACHE_TTL=3600.0)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    handle = browser.run(lambda: session.handle)
+    wrong = SessionId(handle, new_session_id(32).secret)
+    assert send(app, wrong.sid) == {}
+    thief = app.browser()
+    thief.client.set_cookie("session", wrong.sid)
+    thief.run(lambda: session.update(stolen=1))
+    assert browser.run(lambda: dict(session)) == {"a": 1}
+
+
+def test_the_secret_is_neither_stored_nor_logged(make_app: MakeApp, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither Redis, nor any log record, nor the repr of any object around holds the secret."""
+    caplog.set_level(logging.DEBUG)
+    app = make_app()
+    browser = app.browser()
+    shown: list[str] = []
+
+    def view() -> None:
+        session["a"] = 1
+        session.commit()
+        shown.extend(repr(thing) for thing in (session, session._get_current_object(), session.visit, session.visit.id))
+        session["b"] = 2
+
+    browser.run(view)
+    browser.run(lambda: session.update(c=1))
+    handle, _, secret = browser.cookies["session"].partition(".")
+    stored = repr(app.stored(handle))
+    shown += [repr(thing) for thing in gc.get_objects() if type(thing).__module__.startswith("luasession")]
+    assert secret not in stored
+    assert secret not in caplog.text
+    assert secret not in "".join(shown)
+    assert handle in "".join(shown)
+
+
+def test_what_redis_holds_is_no_cookie(app: TestApp) -> None:
+    """The digest, in whatever spelling, does not open the session."""
+    from base64 import urlsafe_b64encode
+
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    handle, _, secret = browser.cookies["session"].partition(".")
+    digest = hashlib.sha256(secret.encode()).digest()
+    assert digest in app.stored(handle)[b"@i"]
+    assert send(app, f"{handle}.{urlsafe_b64encode(digest).rstrip(b'=').decode()}") == {}
