@@ -23,7 +23,8 @@
 --
 -- Reply: {code, write id, time in microseconds as 7 bytes, ...}, by code
 --   applied   packed: version, the pair replaced (12 zeros: no longer known), TTL refreshed, expiry
---             changed, @i, @v; then name and replaced value (false: missing) of each field to report
+--             changed (2: not known, an earlier sending was applied), @i, @v; then name and replaced
+--             value (false: missing) of each field to report
 --   conflict  @i, @v, then name and current value (false: missing) of each checked field that changed
 --   gone      the session ended, or was cleared, after this request opened or its base was read
 --   missing   there is no such session
@@ -107,7 +108,7 @@ if found then
   local behind = math.floor((#ring - found + 1) / 8) - 1
   local before = found > 23 and struct.pack('>I4c8', version - behind - 1, ring:sub(found - 8, found - 1))
     or ('\0'):rep(12)
-  return answer('applied', struct.pack(APPLIED, version - behind, before, 0, 0) .. identity .. state)
+  return answer('applied', struct.pack(APPLIED, version - behind, before, 0, 2) .. identity .. state)
 end
 -- Not in the ring, but it may have been there: from before the floor nobody can tell any more.
 if resend > 0 and #ring >= RING_HEAD and now_us - resend <= struct.unpack('>I7', ring) then

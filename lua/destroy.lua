@@ -35,11 +35,8 @@ end
 local meta = redis.call('HMGET', session, '@i', '@f', '@p', '@t')
 local identity, formers, principal, ended = meta[1], meta[2] or '', meta[3], meta[4]
 
--- Sent again: the first sending may be what ended it.
-if ended then
-  local moment = #ended == 7 and struct.unpack('>I7', ended) or 0
-  return answer((resend > 0 and moment >= now_us - resend) and 'destroyed' or 'missing')
-end
+-- Sent again: the first sending may be what ended it, so a log-out whose reply was lost is one.
+if ended then return answer(resend > 0 and 'destroyed' or 'missing') end
 if not identity and not always then return answer('missing') end
 
 if digest ~= '' then

@@ -258,8 +258,13 @@ class Store:
                 "commit", handle, write_id, sent, digest, age_resend + numbers, *fixed, wait=self._wait
             )
 
-        sent, (code, _id, now_us, *rest) = self._persist(caller, send)
         here = self._here
+        try:
+            sent, (code, _id, now_us, *rest) = self._persist(caller, send)
+        except SessionUnavailable:
+            # It may have been applied all the same: what is held here may be of before it.
+            here.cache.drop(handle)
+            raise
         if code == Code.APPLIED:
             here.stats.add("commits", len(sets))
             expected = rotate_to.digest if rotate_to else digest
@@ -317,7 +322,7 @@ class Store:
             identity,
             state,
             packed[16] == 1,
-            packed[17] == 1,
+            packed[17] == 1 or (packed[17] == 2 and _moves_expiry(delta)),
             now_ms,
             report,
         )
@@ -510,6 +515,10 @@ def _is_hash(reply: Any) -> bool:
 
 def _is_time(reply: Any) -> bool:
     return isinstance(reply, list) and len(reply) == 2
+
+
+def _moves_expiry(delta: Delta) -> bool:
+    return delta.permanent is not None or delta.lifetime_ms is not None
 
 
 def _pack_name(name: bytes) -> bytes:

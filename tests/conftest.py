@@ -142,7 +142,7 @@ class TestApp:
 
     @property
     def prefix(self) -> str:
-        return str(self.flask.config["SESSION_KEY_PREFIX"])
+        return str(self.flask.config.get("SESSION_KEY_PREFIX", "session:"))
 
     def stored(self, handle: str) -> dict[bytes, bytes]:
         """Return the whole hash of a session."""
