@@ -61,6 +61,7 @@ local APPLIED = '>I4c12BB'
 local FORMER, FORMER_BYTES = '>c32I7I6B', 46     -- digest, moment us, grace end ms, may commit
 local NONE = ('\0'):rep(8)
 local RING, RING_HEAD = '>I7I7B', 15                -- floor us, last halving us, ids from before it
+local TRANSIT = 20000                            -- microseconds by which two calls' transits may differ
 local EVERYTHING = 255                           -- a journal entry that names no fields
 local QUIET, BUSY = 64, 768                      -- bytes of ring and of journal
 
@@ -110,8 +111,10 @@ if found then
     or ('\0'):rep(12)
   return answer('applied', struct.pack(APPLIED, version - behind, before, 0, 2) .. identity .. state)
 end
--- Not in the ring, but it may have been there: from before the floor nobody can tell any more.
-if resend > 0 and #ring >= RING_HEAD and now_us - resend <= struct.unpack('>I7', ring) then
+-- Not in the ring, but it may have been there: from before the floor nobody can tell any more. When it was
+-- first sent is known here to a call's transit only, so in doubt it is unknown, never applied again.
+local floor_us = #ring >= RING_HEAD and struct.unpack('>I7', ring) or 0
+if resend > 0 and floor_us > 0 and now_us - resend <= floor_us + TRANSIT then
   return answer('unknown')
 end
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections import Counter, OrderedDict, defaultdict, namedtuple
-from datetime import date, datetime, time, timedelta, timezone, tzinfo
+from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Context, Decimal, localcontext
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -94,7 +94,7 @@ VALUES = [
     *([], [[]], (), ((),), (1,), {}, {"": {}}, set(), frozenset(), {1, "1", b"1", None}),
     *(frozenset({frozenset({frozenset()})}), {(1, ("a",)), (2,)}, {float("inf"), -1.5}),
     *(datetime(2026, 1, 2, 3, 4, 5), datetime(1, 1, 1), datetime.max, datetime(2026, 1, 2, fold=1)),
-    datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=timezone.utc),
+    datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
     *(datetime(2026, 1, 2, 3, 4, 5, 6, timezone(timedelta(microseconds=n))) for n in (-999_999, -1, 1)),
     time(3, 4, tzinfo=timezone(timedelta(microseconds=-20)), fold=1),
     datetime(2026, 1, 2, tzinfo=timezone(timedelta(hours=-5, microseconds=-7))),
@@ -347,7 +347,7 @@ REFUSED = [
     (defaultdict(int), "collections.defaultdict"),
     (Counter("a"), "collections.Counter"),
     (ValueError("x"), "ValueError"),
-    (timezone.utc, "datetime.timezone"),
+    (UTC, "datetime.timezone"),
     (datetime(2026, 1, 1, tzinfo=Vague()), "datetime.datetime whose tzinfo"),
     (time(1, tzinfo=ZoneInfo("Europe/Berlin")), "datetime.time whose tzinfo"),
     ({1: "x"}, "key of type int"),

@@ -33,7 +33,9 @@ def test_a_revoked_session_is_read_no_longer_than_the_window(
 
 def test_never_past_its_own_end(make_app: MakeApp) -> None:
     """A snapshot whose session has ended is not served, however long it would be trusted."""
-    app = make_app(SESSION_CACHE_TTL=0.5, PERMANENT_SESSION_LIFETIME=timedelta(seconds=1), SESSION_TOUCH_INTERVAL=0.4)
+    app = make_app(
+        SESSION_CACHE_TTL=0.5, PERMANENT_SESSION_LIFETIME=timedelta(seconds=1), SESSION_TOUCH_INTERVAL=0.4
+    )
     app.flask.config["PERMANENT_SESSION_LIFETIME"] = timedelta(milliseconds=200)
     browser = app.browser()
     browser.run(lambda: session.update(a=1))

@@ -27,7 +27,13 @@ def send(app: TestApp, cookie: str) -> dict[str, str]:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.one_of(st.text(st.characters(codec="latin-1")), st.text(ALPHABET + "."), st.binary().map(lambda b: b.decode("latin1"))))
+@given(
+    st.one_of(
+        st.text(st.characters(codec="latin-1")),
+        st.text(ALPHABET + "."),
+        st.binary().map(lambda b: b.decode("latin1")),
+    )
+)
 def test_garbage_costs_nothing(make_valkey_app: MakeApp, valkey: Server, cookie: str) -> None:
     """Cookies of any bytes and any length: an empty session, no command, no exception."""
     if parse_session_id(cookie.partition(";")[0].strip(), 32) is not None:
@@ -37,7 +43,20 @@ def test_garbage_costs_nothing(make_valkey_app: MakeApp, valkey: Server, cookie:
     assert app.stats()["loads"] == 0
 
 
-@pytest.mark.parametrize("cookie", ["", ".", "a.b", "A" * 22 + "." + "B" * 42, "A" * 21 + "." + "B" * 43, "A" * 22 + "." + "B" * 42 + "=", "A" * 100_000, "A" * 22 + "B" * 43, '"' + "A" * 22 + "." + "B" * 43 + '"'])
+@pytest.mark.parametrize(
+    "cookie",
+    [
+        "",
+        ".",
+        "a.b",
+        "A" * 22 + "." + "B" * 42,
+        "A" * 21 + "." + "B" * 43,
+        "A" * 22 + "." + "B" * 42 + "=",
+        "A" * 100_000,
+        "A" * 22 + "B" * 43,
+        '"' + "A" * 22 + "." + "B" * 43 + '"',
+    ],
+)
 def test_malformed_ids_send_no_command(app: TestApp, cookie: str) -> None:
     """An id that is off in length or alphabet is refused before Redis is asked, counted at the server."""
     assert app.server is not None
@@ -82,7 +101,9 @@ def test_the_secret_is_neither_stored_nor_logged(make_app: MakeApp, caplog: pyte
     def view() -> None:
         session["a"] = 1
         session.commit()
-        shown.extend(repr(thing) for thing in (session, session._get_current_object(), session.visit, session.visit.id))
+        shown.extend(
+            repr(thing) for thing in (session, session._get_current_object(), session.visit, session.visit.id)
+        )
         session["b"] = 2
 
     browser.run(view)

@@ -25,7 +25,8 @@ def test_a_warm_process_sees_what_another_wrote(make_app: MakeApp, cache_ttl: fl
 
 def test_every_order_of_commits_answers_and_processes(make_app: MakeApp) -> None:
     """Two overlapping writes over two warm processes, in every order of commits and of answers:
-    whichever process is read afterwards, both are seen."""
+    whichever process is read afterwards, both are seen.
+    """
     one = make_app(SESSION_CACHE_TTL=3600.0)
     processes = [one, one.another()]
     checked = 0

@@ -40,7 +40,7 @@ def test_sixty_parallel_nested_changes(web: Web) -> None:
 def test_sixty_parallel_deletes(web: Web) -> None:
     """Sixty parallel deletes of sixty keys: what nobody deleted is left, nothing else."""
     browser = web.browser()
-    browser.request("/start", {"kept": 1, **{key: 1 for key in KEYS}})
+    browser.request("/start", {"kept": 1, **dict.fromkeys(KEYS, 1)})
     assert browser.parallel([f"/delete/{key}" for key in KEYS]) == [200] * 60
     assert browser.show()["session"] == {"kept": 1}
 
@@ -72,13 +72,15 @@ def test_a_logout_among_writers_logs_out(web: Web) -> None:
     browser = web.browser()
     browser.request("/start", {"user": "ada"})
     twin = web.browser(browser.cookies)
-    assert browser.parallel([f"/set/{key}" for key in KEYS[:20]] + ["/logout"] + [f"/set/{key}" for key in KEYS[20:40]])
+    assert browser.parallel(
+        [f"/set/{key}" for key in KEYS[:20]] + ["/logout"] + [f"/set/{key}" for key in KEYS[20:40]]
+    )
     assert "user" not in twin.show()["session"]
     assert "user" not in browser.show()["session"]
 
 
 def test_preloaded_app_survives_the_fork(server: Server) -> None:
-    """gunicorn --preload makes the app before it forks: the workers' sessions work all the same."""
+    """Gunicorn --preload makes the app before it forks: the workers' sessions work all the same."""
     with serving(server, "--preload", workers=2, threads=4, SESSION_KEY_PREFIX="pre:") as web:
         browser = web.browser()
         browser.request("/start", {"first": "first"})

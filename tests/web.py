@@ -104,7 +104,9 @@ class WebBrowser:
         headers = {"Cookie": "; ".join(f"{name}={value}" for name, value in self.cookies.items())}
         if body is not None:
             headers["Content-Type"] = "application/json"
-        connection.request("GET" if body is None else "POST", path, json.dumps(body) if body else None, headers)
+        connection.request(
+            "GET" if body is None else "POST", path, json.dumps(body) if body else None, headers
+        )
         response = connection.getresponse()
         content = response.read()
         lines = response.headers.get_all("Set-Cookie") or []
