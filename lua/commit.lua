@@ -336,9 +336,10 @@ if clear and not create then put('@c', struct.pack('>I4I7', version, now_us)) en
 -- session keeps them short, so that it stays in the compact encoding (values up to 64 bytes).
 local limit = (now_us - committed < 5000000 or after > 2048) and BUSY or QUIET
 if create then ring = struct.pack(RING, 0, 0, 0) end
-if #ring + 8 > limit then
+local ring_limit = limit == QUIET and QUIET or 2 * BUSY
+if #ring + 8 > ring_limit then
   local _, halved, before = struct.unpack(RING, ring)
-  local keep = math.floor((limit - RING_HEAD) / 16)
+  local keep = math.floor((ring_limit - RING_HEAD) / 16)
   local dropped = (#ring - RING_HEAD) / 8 - keep
   -- The ids that were there at the last halving are from before it; of others only the last commit bounds it.
   local floor = dropped <= before and halved or committed

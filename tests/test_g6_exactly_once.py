@@ -28,7 +28,7 @@ from .proxy import Proxy
 from .servers import Server, eventually
 
 #: More commits than the ring of a busy session can hold.
-MORE_THAN_THE_RING = 130
+MORE_THAN_THE_RING = 260
 
 
 def is_commit(words: list[bytes]) -> bool:
