@@ -59,13 +59,12 @@ class LuaSessionInterface(SessionInterface):
         """Apply the delta and write the cookies that follow from it."""
         if not isinstance(session, LuaSession):
             return
-        if session.used:
-            try:
-                session.save()
-            except Exception as error:  # noqa: BLE001 - handed on to Flask, which knows what to do with each
-                # Out of here an exception would pass by the app's handlers for its class. One that none
-                # of them answers is raised again, and Flask makes a 500 of it.
-                _replace(response, app.make_response(app.handle_user_exception(error)))
+        try:
+            session.save()
+        except Exception as error:  # noqa: BLE001 - handed on to Flask, which knows what to do with each
+            # Out of here an exception would pass by the app's handlers for its class. One that none of
+            # them answers is raised again, and Flask makes a 500 of it.
+            _replace(response, app.make_response(app.handle_user_exception(error)))
         if self._write_cookies(app, session, response) or session.accessed:
             if "Vary" in response.headers:
                 response.vary.add("Cookie")

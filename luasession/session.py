@@ -371,6 +371,7 @@ class LuaSession(SessionMixin):
         """
         self._saved = True
         if self._failed or not self._used:
+            self._visit.close()
             return
         try:
             refused = self._apply()
