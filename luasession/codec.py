@@ -282,13 +282,15 @@ class MsgpackSerializer(_Tagged):
 
     def __init__(self) -> None:
         try:
-            from msgspec import msgpack
+            import msgspec  # noqa: PLC0415  # an extra
         except ImportError as error:
             raise ImportError("msgpack needs msgspec: pip install 'luasession[msgpack]'") from error
         super().__init__((NoneType, bool, float, bytes), (-(2**63), 2**64 - 1))
         self._packers[str] = self._str
-        self._encoder = msgpack.Encoder()
-        self._decoder = msgpack.Decoder()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder()
+        # Up to 0.20 DecodeError is no ValueError, and an unhashable key gives TypeError.
+        self._decode_errors = (msgspec.DecodeError, TypeError)
 
     def _encode(self, plain: Any) -> bytes:
         return self._encoder.encode(plain)
@@ -310,6 +312,8 @@ class MsgpackSerializer(_Tagged):
             return self._unpack(self._decoder.decode(data))
         except RecursionError:
             raise ValueError(_TOO_DEEP) from None
+        except self._decode_errors as error:
+            raise ValueError(str(error)) from error
 
     def _unpack(self, value: Any) -> Any:
         """Resolve the tags in place, since the decoder has just made these containers."""

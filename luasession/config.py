@@ -106,8 +106,7 @@ class Config:
         :param lifetime_ms: idle lifetime of the session, milliseconds.
         """
         if self.touch_interval_ms is not None:
-            # A session with a shorter lifetime of its own is not to expire in use.
-            return min(self.touch_interval_ms, lifetime_ms // 2)
+            return self.touch_interval_ms
         return min(_TOUCH_MS, lifetime_ms // _LIFETIME_PART)
 
     def trust_seconds(self, lifetime_ms: int) -> float:

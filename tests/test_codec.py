@@ -1,7 +1,10 @@
 """The codec: every type of G12 comes back as it went in, nothing else is let in or out."""
 
+# ruff: noqa: DTZ001, DTZ901  # naive times are values like any other here
+
 from __future__ import annotations
 
+import contextlib
 import enum
 import inspect
 import json
@@ -158,12 +161,12 @@ text = st.text(st.characters()) | st.sampled_from(TAG_KEYS + [key + "__" for key
 offsets = st.timedeltas(timedelta(hours=-23), timedelta(hours=23))
 zones = st.none() | st.builds(timezone, offsets)
 folds = st.integers(0, 1)
-scalars = (
+SCALARS = (
     st.none()
     | st.booleans()
     | st.integers()
     | st.builds(
-        lambda sign, power, plus: sign * 2**power + plus,
+        lambda sign, bits, n: sign * 2**bits + n,
         st.sampled_from([1, -1]),
         st.integers(0, 20_000),
         st.integers(-2, 2),
@@ -179,8 +182,16 @@ scalars = (
     | st.decimals().filter(lambda number: not number.is_snan())
     | st.builds(Markup, text)
 )
+
+
+@st.composite
+def scalars(draw: st.DrawFn) -> Any:
+    """Give the union a short name, since Hypothesis warns of strategies with a very long repr."""
+    return draw(SCALARS)
+
+
 hashables = st.recursive(
-    scalars, lambda inner: st.frozensets(inner, max_size=4) | st.lists(inner, max_size=4).map(tuple)
+    scalars(), lambda inner: st.frozensets(inner, max_size=4) | st.lists(inner, max_size=4).map(tuple)
 )
 values = st.recursive(
     hashables | st.sets(hashables, max_size=4) | st.decimals(),
@@ -305,7 +316,7 @@ class Mode(enum.StrEnum):
     ON = "on"
 
 
-class Text(str):
+class Text(str):  # noqa: SLOT000
     """Stands for the lazy strings and other look-alikes of frameworks."""
 
 
@@ -324,7 +335,7 @@ class Vague(tzinfo):
         return None
 
 
-Point = namedtuple("Point", "x y")
+Point = namedtuple("Point", "x y")  # noqa: PYI024
 HERE = __name__
 
 REFUSED = [
@@ -418,9 +429,10 @@ def test_a_stack_that_is_nearly_full_is_no_crash(codec: Any) -> None:
     for left in range(60, free, 60):
         for function, argument, expected in ((codec.dumps, value, data), (codec.loads, data, value)):
             try:
-                assert fill(free - left, function, argument) == expected
+                outcome = fill(free - left, function, argument)
             except ValueError as error:
-                assert "nested too deeply" in str(error)
+                outcome = str(error)[:17]
+            assert outcome in (expected, "nested too deeply")
     with pytest.raises(ValueError, match="nested too deeply"):
         fill(free - 60, codec.dumps, value)
 
@@ -431,7 +443,7 @@ MALFORMED = [
     *(b"", b" ", b"x", b"nul", b"[", b"[1,]", b'{"a"}', b'"', b'"\n"', b"1 2", b"[] x", b"\xff"),
     *(b"\x80\x04N.", b'"\xc3"', b"\xef\xbb\xbf1", b"1" * 5000, b"-", b"01", b"'a'"),
     *(b'{" u":5}', b'{" u":"x"}', b'{" u":null}', b'{" u":{" m":"x"}}'),
-    *(b'{" b":"x"}', b'{" b":"a b="}', b'{" b":"\xc3\xa9"}', b'{" b":[]}', b'{" b":"YQ"}'),
+    *(b'{" b":"x"}', b'{" b":"a b="}', b'{" b":"\xc3\xa9"}', b'{" b":[]}', b'{" b":"YQ"}', b'{" b":"YQ==!"}'),
     *(b'{" d":"x"}', b'{" d":5}', b'{" d":"2026-13-01"}', b'{" d":"2026-01-01 fold fold"}'),
     *(b'{" date":"2026-02-30"}', b'{" time":"25:00"}', b'{" time":""}'),
     *(b'{" td":[1e999]}', b'{" td":[NaN]}', b'{" td":["x"]}', b'{" td":[9999999999]}'),
@@ -537,10 +549,8 @@ BOMBS = [
 @pytest.mark.parametrize("data", BOMBS, ids=lambda data: f"{data[:12]!r}")
 def test_bombs_are_harmless(codec: Any, data: bytes) -> None:
     """A mebibyte of nesting, digits or false lengths costs no more than its size."""
-    try:
+    with contextlib.suppress(ValueError):
         codec.loads(data)
-    except ValueError:
-        pass
 
 
 # -- choosing a serializer ------------------------------------------------------------------------
