@@ -282,7 +282,7 @@ class MsgpackSerializer(_Tagged):
 
     def __init__(self) -> None:
         try:
-            import msgspec  # noqa: PLC0415  # an extra
+            import msgspec  # an extra
         except ImportError as error:
             raise ImportError("msgpack needs msgspec: pip install 'luasession[msgpack]'") from error
         super().__init__((NoneType, bool, float, bytes), (-(2**63), 2**64 - 1))

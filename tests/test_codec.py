@@ -1,6 +1,6 @@
 """The codec: every type of G12 comes back as it went in, nothing else is let in or out."""
 
-# ruff: noqa: DTZ001, DTZ901  # naive times are values like any other here
+# naive times are values like any other here
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ class Mode(enum.StrEnum):
     ON = "on"
 
 
-class Text(str):  # noqa: SLOT000
+class Text(str):
     """Stands for the lazy strings and other look-alikes of frameworks."""
 
 
@@ -335,7 +335,7 @@ class Vague(tzinfo):
         return None
 
 
-Point = namedtuple("Point", "x y")  # noqa: PYI024
+Point = namedtuple("Point", "x y")
 HERE = __name__
 
 REFUSED = [
