@@ -10,11 +10,17 @@ from uuid import uuid4
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from hypothesis import settings
 from werkzeug.test import TestResponse
 
 from luasession import Session
 
 from .servers import Server, missing, standalone
+
+# In CI the same examples each time; elsewhere new ones, so that somebody finds what CI does not.
+settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 #: The kinds that every guarantee is tested on.
 GUARANTEED = ("valkey-9.1", "redis-7.0", "redis-6.2")
