@@ -8,6 +8,7 @@ from flask import current_app
 from flask.globals import request_ctx
 
 from .config import read_config
+from .errors import ConfigurationError
 from .interface import LuaSessionInterface
 from .session import LuaSession
 from .store import Store
@@ -36,6 +37,11 @@ class Session:
         :raise ConfigurationError: if a setting is wrong; the message names it.
         """
         config = read_config(app.config)
+        # Accepted and not acted on, either would promise a protection that is not there.
+        if config.encryption_keys:
+            raise ConfigurationError("SESSION_ENCRYPTION_KEYS: encryption at rest is not supported yet")
+        if config.renew_after_ms is not None:
+            raise ConfigurationError("SESSION_RENEW_AFTER: renewal by itself is not supported yet")
         store = Store(config, app.root_path)
         app.session_interface = LuaSessionInterface(app, config, store)
         if "luasession" not in app.extensions:

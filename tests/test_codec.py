@@ -1,7 +1,5 @@
 """The codec: every type of G12 comes back as it went in, nothing else is let in or out."""
 
-# naive times are values like any other here
-
 from __future__ import annotations
 
 import contextlib
