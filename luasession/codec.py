@@ -262,7 +262,7 @@ class JSONSerializer(_Tagged):
     def loads(self, data: bytes) -> Any:
         """Decode a value.
 
-        :raises ValueError: for data that :meth:`dumps` can't have made.
+        :raises ValueError: for data that does not decode, tags with wrong content included.
         """
         try:
             text = _load_text(data)
@@ -306,7 +306,7 @@ class MsgpackSerializer(_Tagged):
     def loads(self, data: bytes) -> Any:
         """Decode a value.
 
-        :raises ValueError: for data that :meth:`dumps` can't have made.
+        :raises ValueError: for data that does not decode, tags with wrong content included.
         """
         try:
             return self._unpack(self._decoder.decode(data))
