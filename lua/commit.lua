@@ -6,8 +6,9 @@
 -- ARGV[2]   digest of the secret, 32 bytes; empty: whatever is current
 -- ARGV[3]   numbers, packed: age of the request in microseconds; microseconds since the first sending of
 --           this commit (0: this is the first); flags (1 create the session, 2 clear it before the fields
---           are set, 4 requests open at a rotation may still commit); idle lifetime in ms, where the
---           session has none of its own; absolute lifetime of a new session in ms (0: none); grace time
+--           are set, 4 requests open at a rotation may still commit, 8 the touch interval is the default,
+--           so that a lifetime of its own shortens it); idle lifetime in ms, where the session has none
+--           of its own; absolute lifetime of a new session in ms (0: none); grace time
 --           for former digests and empty sessions in ms; touch interval in ms; most bytes of the session,
 --           names and values
 -- ARGV[4]   base, packed: version and write id; empty: a blind write
@@ -49,7 +50,7 @@ local new_lifetime = ARGV[11]
 local new_principal = ARGV[12]
 local new_label = ARGV[13]
 
-local create, clear, in_flight = flags % 2 == 1, flags % 4 >= 2, flags % 8 >= 4
+local create, clear, in_flight, by_default = flags % 2 == 1, flags % 4 >= 2, flags % 8 >= 4, flags >= 8
 local base_version, base_id
 if base ~= '' then base_version, base_id = struct.unpack('>I4c8', base) end
 
@@ -384,6 +385,7 @@ end
 
 -- Emptied key by key it lives on for the grace time: a parallel request may be adding a key (G1).
 local lifetime = own_lifetime and tonumber(own_lifetime) or default_lifetime
+if own_lifetime and by_default then touch_interval = math.min(touch_interval, math.floor(lifetime / 20)) end
 local emptied = fields == 0 and not principal and not create
 if emptied then lifetime = math.min(lifetime, grace) end
 local due = expiry_changed or clear or emptied or fields_before == 0 or now - touched >= touch_interval

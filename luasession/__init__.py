@@ -13,3 +13,10 @@ from .extension import Session as Session
 from .extension import Sessions as Sessions
 from .interface import LuaSessionInterface as LuaSessionInterface
 from .session import LuaSession as LuaSession
+from .signals import session_committed as session_committed
+from .signals import session_conflict as session_conflict
+from .signals import session_corrupt as session_corrupt
+from .signals import session_created as session_created
+from .signals import session_destroyed as session_destroyed
+from .signals import session_discarded as session_discarded
+from .signals import session_rotated as session_rotated

@@ -12,9 +12,12 @@ from __future__ import annotations
 import inspect
 import random
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from threading import Semaphore
+from contextlib import suppress
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import quote
 
@@ -139,31 +142,51 @@ class _Own:
     """
 
     def __init__(self, pool: Any, seconds: float) -> None:
-        self._make = pool.make_connection
+        # Not by the pool itself, which counts what it has ever made, and at a hundred makes no more.
+        self._make = partial(pool.connection_class, **pool.connection_kwargs)
         self._seconds = seconds
         self._idle: deque[Any] = deque()
-        self._slots = Semaphore(_MAX_CONNECTIONS)
+        # Freed with its app it closes what it holds: sockets left to the garbage collector warn.
+        weakref.finalize(self, _disconnect, self._idle)
+        # A queue and no semaphore: a greenlet that is killed inside of release() would keep its slot.
+        self._slots: SimpleQueue[None] = SimpleQueue()
+        for _ in range(_MAX_CONNECTIONS):
+            self._slots.put(None)
 
     def take(self) -> Any:
-        if not self._slots.acquire(timeout=self._seconds):
-            raise redis.ConnectionError(f"no connection became free within {self._seconds} s")
         try:
-            return self._idle.pop() if self._idle else self._make()
-        except IndexError:  # another thread was faster
+            self._slots.get(timeout=self._seconds)
+        except Empty:
+            raise redis.ConnectionError(f"no connection became free within {self._seconds} s") from None
+        try:
+            return self._idle.pop()
+        except IndexError:
+            pass
+        try:
             return self._make()
         except BaseException:
-            self._slots.release()
+            self._slots.put(None)
             raise
 
     def give(self, connection: Any) -> None:
         self._idle.append(connection)
-        self._slots.release()
+        self._slots.put(None)
 
     def lose(self, connection: Any) -> None:
-        # Its neighbours were connected to the same server: they are made to connect anew as well.
-        for other in (connection, *self._idle):
-            other.disconnect()
-        self.give(connection)
+        try:
+            connection.disconnect()
+            # Its neighbours were connected to the same server, so they go as well; each is taken out
+            # first, or another thread might be using it by then.
+            with suppress(IndexError):
+                while True:
+                    self._idle.pop().disconnect()
+        finally:
+            self._slots.put(None)
+
+
+def _disconnect(connections: deque[Any]) -> None:
+    while connections:
+        connections.pop().disconnect()
 
 
 class Client:
@@ -230,6 +253,8 @@ class Client:
         acknowledged = connection.read_response(disable_decoding=True)
         if failed is not None:
             raise failed
+        if not isinstance(acknowledged, int):
+            raise Unproven("the reply answers another call than WAIT")
         if acknowledged < wait[0]:
             raise SessionUnavailable(f"{acknowledged} of {wait[0]} replicas acknowledged within {wait[1]} ms")
         return reply

@@ -274,7 +274,7 @@ class LuaSession(SessionMixin):
         :param in_flight: whether requests that are open now may still commit.
         :raise RuntimeError: once the response has been sent.
         """
-        if self._saved:
+        if self._saved and not self._failed:
             raise RuntimeError("the response has been sent: the session id cannot be replaced any more")
         self._used = True
         self._rotation = Rotation(in_flight and (self._rotation is None or self._rotation.in_flight))
@@ -404,7 +404,8 @@ class LuaSession(SessionMixin):
         )
 
     def _may_still_start(self) -> None:
-        if self._saved and self._visit.id is None:
+        # After a failure nothing is stored anyway, and an error handler that flashes must not fail over it.
+        if self._saved and not self._failed and self._visit.id is None:
             raise RuntimeError("the response has been sent: a session cannot be started any more")
 
     def _apply(self) -> Refused | None:

@@ -229,6 +229,8 @@ class Store:
         flags = create | delta.cleared << 1
         if delta.rotation is None or delta.rotation.in_flight:
             flags |= 4
+        if config.touch_interval_ms is None:
+            flags |= 8
         numbers = b"".join(
             (
                 flags.to_bytes(1),
@@ -510,7 +512,9 @@ def _resend(sent: int, first: int) -> int:
 
 
 def _is_hash(reply: Any) -> bool:
-    return isinstance(reply, dict) or (isinstance(reply, list) and len(reply) % 2 == 0)
+    # Another call's reply may be a list as well, of anything.
+    items = [*reply, *reply.values()] if isinstance(reply, dict) else reply
+    return isinstance(items, list) and len(items) % 2 == 0 and set(map(type, items)) <= {bytes}
 
 
 def _is_time(reply: Any) -> bool:

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Any
 
 import pytest
-from flask import Flask, Response, flash, get_flashed_messages, session, stream_with_context
+from flask import (
+    Flask,
+    Response,
+    abort,
+    flash,
+    g,
+    get_flashed_messages,
+    request,
+    session,
+    stream_with_context,
+)
+from flask.sessions import NullSession, SecureCookieSessionInterface
 from markupsafe import Markup
 
-from luasession import Session
+from luasession import (
+    LuaSession,
+    LuaSessionError,
+    LuaSessionInterface,
+    Session,
+    SessionTooLarge,
+)
 
-from .conftest import MakeApp, TestApp
+from .conftest import Browser, MakeApp, TestApp
+
+# -- session_transaction and request contexts ---------------------------------------------------------------
 
 
 def test_session_transaction(app: TestApp) -> None:
@@ -22,141 +45,941 @@ def test_session_transaction(app: TestApp) -> None:
         opened["a"] = [1]
     browser.run(lambda: session["a"].append(2))
     with browser.client.session_transaction() as opened:
+        assert type(opened) is LuaSession
         assert opened["a"] == [1, 2]
+        opened["a"].append(3)
+    assert browser.run(lambda: (dict(session), session.version)) == ({"a": [1, 2, 3]}, 3)
 
 
-def test_late_writes_of_a_streamed_response(app: TestApp) -> None:
-    """A change while the response is streamed is stored (G15); a rotation or a new session then raises."""
-    browser, stranger = app.browser(), app.browser()
+def test_session_transaction_that_changes_nothing(app: TestApp) -> None:
+    """It starts no session, sets no cookie and makes no version."""
+    browser = app.browser()
+    with browser.client.session_transaction() as opened:
+        assert dict(opened) == {}
+    assert browser.cookies == {}
+    assert app.keys() == []
     browser.run(lambda: session.update(a=1))
-    raised: list[str] = []
+    with browser.client.session_transaction() as opened:
+        assert opened["a"] == 1
+    assert browser.run(lambda: session.version) == 1
+
+
+def test_session_transaction_that_logs_out(app: TestApp) -> None:
+    """clear() in a session_transaction ends the session and takes the test client's cookies away."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    with browser.client.session_transaction() as opened:
+        opened.clear()
+    assert browser.cookies == {}
+    assert browser.run(lambda: dict(session)) == {}
+
+
+def test_the_session_is_there_while_the_client_keeps_the_context(app: TestApp) -> None:
+    """Within ``with client:`` the session of the last request can be looked at after it."""
+    browser = app.browser()
+    with browser.client:
+        browser.run(lambda: session.update(a=1))
+        assert session["a"] == 1
+        browser.run(lambda: session.update(a=2))
+        assert session["a"] == 2
+    assert browser.run(lambda: session.version) == 2
+
+
+def test_nested_request_contexts(app: TestApp) -> None:
+    """Each request context has a session of its own; without a response nothing is stored."""
+    with app.flask.test_request_context():
+        session["outer"] = 1
+        with app.flask.test_request_context():
+            assert dict(session) == {}
+            session["inner"] = 1
+        assert dict(session) == {"outer": 1}
+    assert app.keys() == []
+
+
+def test_a_response_made_by_hand(app: TestApp) -> None:
+    """process_response() in a test_request_context saves, as in Flask."""
+    with app.flask.test_request_context():
+        session["a"] = 1
+        response = app.flask.process_response(Response("by hand"))
+        sid = session.sid  # type: ignore[attr-defined]
+    assert f"session={sid}" in response.headers["Set-Cookie"]
+    [key] = app.keys()
+    assert key == (app.prefix + sid.partition(".")[0]).encode()
+
+
+def test_no_session_outside_of_a_request(app: TestApp) -> None:
+    """Outside of a request the session proxy says what Flask's own says."""
+    with pytest.raises(RuntimeError, match="outside of request context"):
+        session["a"] = 1
+
+
+# -- streaming ----------------------------------------------------------------------------------------------
+
+
+def streamed(browser: Browser, late: Callable[[], Any]) -> str:
+    """Run a view whose response does something while it is sent; return the text of it."""
 
     def view() -> Response:
         def generate() -> Iterator[str]:
-            yield "x"
-            for late in (lambda: session.update(late=1), lambda: session.regenerate()):
-                try:
-                    late()
-                except RuntimeError as error:
-                    raised.append(str(error))
-            yield str(session.get("a"))
+            yield "begun,"
+            try:
+                yield str(late())
+            except RuntimeError as error:
+                yield f"RuntimeError: {error}"
 
         return Response(stream_with_context(generate()))
 
     browser.run(view)
     assert browser.response is not None
-    assert browser.response.text == "x1"
-    assert len(raised) == 1
-    assert browser.twin(app.another()).run(lambda: dict(session)) == {"a": 1, "late": 1}
-    stranger.run(view)
-    assert stranger.response is not None
-    assert stranger.response.text == "xNone"
-    assert len(raised) == 3
+    return browser.response.text
+
+
+def test_a_streamed_response_reads(app: TestApp) -> None:
+    """stream_with_context gives the generator the session of its request."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    assert streamed(browser, lambda: session["a"]) == "begun,1"
+    assert browser.run(lambda: session.version) == 1
+
+
+@pytest.mark.parametrize("before", ["unused", "read", "written"])
+def test_late_writes_are_committed(app: TestApp, before: str) -> None:
+    """Changes made while a response is streamed are stored (G15), whatever the view did before."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1, gone=1, nested=[1]))
+
+    def view() -> Response:
+        if before == "read":
+            assert session["nested"] == [1]
+        if before == "written":
+            session["view"] = 1
+            session["nested"].append(2)
+
+        def generate() -> Iterator[str]:
+            yield "begun,"
+            session["late"] = 1
+            del session["gone"]
+            session["nested"].append("late")
+            yield "done"
+
+        return Response(stream_with_context(generate()))
+
+    browser.run(view)
+    assert browser.response is not None
+    assert browser.response.text == "begun,done"
+    expected = {"a": 1, "late": 1, "nested": [1, "late"]}
+    if before == "written":
+        expected |= {"view": 1, "nested": [1, 2, "late"]}
+    seen = browser.twin(app.another()).run(lambda: (session.version, dict(session)))
+    assert seen == (3 if before == "written" else 2, expected)
+
+
+def test_a_late_rotation_or_start_raises(app: TestApp) -> None:
+    """Once the response is on its way no id can be made: RuntimeError where it is tried."""
+    known, stranger = app.browser(), app.browser()
+    known.run(lambda: session.update(a=1))
+    sid = known.run(lambda: session.sid)
+    assert "RuntimeError: the response has been sent" in streamed(known, lambda: session.regenerate())
+    assert known.run(lambda: (session.sid, session.version)) == (sid, 1)
+    assert "RuntimeError: the response has been sent" in streamed(stranger, lambda: session.update(a=1))
+    assert "RuntimeError: the response has been sent" in streamed(
+        stranger, lambda: setattr(session, "principal", "ada")
+    )
+    assert len(app.keys()) == 1
+    assert stranger.cookies == {}
+
+
+def test_a_late_write_to_an_ended_session_is_dropped(app: TestApp) -> None:
+    """Ended by another request while the response was sent: the late write brings nothing back (G7)."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    other, handle = browser.twin(), browser.run(lambda: session.handle)
+
+    def late() -> str:
+        assert session["a"] == 1
+        other.run(lambda: session.destroy())
+        session["late"] = 1
+        return "done"
+
+    assert streamed(browser, late) == "begun,done"
+    assert app.stored(handle).keys() == {b"@t"}
     assert len(app.keys()) == 1
 
 
-def test_cookie_attributes_are_the_same_on_set_and_delete(make_app: MakeApp) -> None:
-    """Domain, path, flags and Partitioned stand on id and hint, on set and on delete; the id goes first."""
-    app = make_app(
-        SESSION_COOKIE_NAME="sid",
-        SESSION_COOKIE_DOMAIN="localhost",
-        SESSION_COOKIE_PATH="/run",
-        SESSION_COOKIE_SECURE=True,
-        SESSION_COOKIE_SAMESITE="None",
-        SESSION_COOKIE_PARTITIONED=True,
-    )
-    attributes = ["Domain=localhost", "Secure", "HttpOnly", "Path=/run", "SameSite=None", "Partitioned"]
-
-    def run(view: object) -> dict[str, str]:
-        browser.client.environ_base["wsgi.url_scheme"] = "https"
-        browser.run(view)  # type: ignore[arg-type]
-        return browser.set_cookies
-
+@pytest.mark.parametrize("before", ["blind", "read"])
+def test_a_late_write_under_a_dead_id_starts_nothing(app: TestApp, before: str) -> None:
+    """The id names nothing any more and the response is on its way: no session is made, none is lost."""
     browser = app.browser()
-    made = run(lambda: session.update(a=1))
-    assert list(made) == ["sid", "sid_v"]
-    for name, value in (("sid", made["sid"]), ("sid_v", made["sid_v"])):
-        browser.client.set_cookie(name, value.partition("=")[2].partition(";")[0], domain="localhost")
-    gone = run(lambda: session.clear())
-    assert list(gone) == ["sid", "sid_v", "sid_o"]
-    for line in (*made.values(), *gone.values()):
-        assert set(attributes) <= set(line.split("; "))
+    browser.run(lambda: session.update(a=1))
+    late, handle = browser.twin(), browser.run(lambda: session.handle)
+    browser.run(lambda: session.destroy())
+
+    def write() -> str:
+        if before == "read":
+            assert "a" not in session
+        session["late"] = 1
+        return "done"
+
+    assert streamed(late, write).startswith("begun,done" if before == "blind" else "begun,RuntimeError")
+    assert app.keys() == [(app.prefix + handle).encode()]
+    assert app.stored(handle).keys() == {b"@t"}
 
 
-def test_vary_and_accessed(app: TestApp) -> None:
-    """Touched it says Vary: Cookie once; untouched neither that nor a cookie."""
+def test_a_late_write_to_a_session_that_has_vanished(app: TestApp) -> None:
+    """Evicted between the save and the late write, a session is not begun anew without a cookie for it."""
     browser = app.browser()
-    browser.run(lambda: session.get("a"))
+    browser.run(lambda: session.update(a=1))
+
+    def view() -> Response:
+        session["blind"] = 1
+
+        def generate() -> Iterator[str]:
+            yield "begun,"
+            assert app.server is not None
+            with app.server.client() as client:
+                client.delete(*app.keys())
+            session["late"] = 1
+            yield "done"
+
+        return Response(stream_with_context(generate()))
+
+    browser.run(view)
     assert browser.response is not None
-    assert browser.response.headers.getlist("Vary") == ["Cookie"]
-    response = browser.get("/untouched")
-    assert "Vary" not in response.headers
-    assert browser.set_cookies == {}
-    browser.run(lambda: Response(str(session.get("a")), headers={"Vary": "Accept"}))
-    assert browser.response.headers.getlist("Vary") == ["Accept, Cookie"]
+    assert browser.response.text == "begun,done"
+    assert app.keys() == []
 
 
-def test_permanent_before_each_request_costs_no_commit(make_app: MakeApp) -> None:
+def test_a_late_write_that_fails_is_logged(app: TestApp, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody can be told any more but the log; the response is whole."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    with caplog.at_level(logging.ERROR):
+        assert streamed(browser, lambda: session.update(late=object())) == "begun,None"
+    [record] = caplog.records
+    assert record.exc_info is not None
+    assert "'late'" in str(record.exc_info[1])
+    assert browser.run(lambda: (dict(session), session.version)) == ({"a": 1}, 1)
+
+
+# -- cookies ------------------------------------------------------------------------------------------------
+
+PLAIN: dict[str, Any] = {}
+STRICT = {
+    "SESSION_COOKIE_NAME": "sid",
+    "SESSION_COOKIE_DOMAIN": "example.org",
+    "SESSION_COOKIE_PATH": "/app",
+    "SESSION_COOKIE_SECURE": True,
+    "SESSION_COOKIE_SAMESITE": "Strict",
+}
+PARTITIONED = {
+    "SESSION_COOKIE_SECURE": True,
+    "SESSION_COOKIE_SAMESITE": "None",
+    "SESSION_COOKIE_PARTITIONED": True,
+}
+LOOSE = {"SESSION_COOKIE_HTTPONLY": False, "APPLICATION_ROOT": "/root", "SESSION_COOKIE_DOMAIN": False}
+EXPECTED = {
+    "plain": {"HttpOnly", "Path=/"},
+    "strict": {"HttpOnly", "Path=/app", "Domain=example.org", "Secure", "SameSite=Strict"},
+    "partitioned": {"HttpOnly", "Path=/", "Secure", "SameSite=None", "Partitioned"},
+    "loose": {"Path=/root"},
+}
+
+
+def attributes_of(line: str) -> set[str]:
+    """Return what follows the value of a Set-Cookie line, without its moments."""
+    return {part for part in line.split("; ")[1:] if not part.startswith(("Expires=", "Max-Age="))}
+
+
+def headers_of(app: TestApp, function: Callable[[], Any], cookies: dict[str, str]) -> list[str]:
+    """Run a view with these cookies, whatever domain and path they are for; return Set-Cookie lines."""
+    browser = app.browser_with_header("; ".join(f"{name}={value}" for name, value in cookies.items()))
+    browser.run(function)
+    assert browser.response is not None
+    return browser.response.headers.getlist("Set-Cookie")
+
+
+@pytest.mark.parametrize("permanent", [False, True])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("plain", PLAIN), ("strict", STRICT), ("partitioned", PARTITIONED), ("loose", LOOSE)],
+)
+def test_cookie_attributes(
+    make_valkey_app: MakeApp, name: str, config: dict[str, Any], permanent: bool
+) -> None:
+    """All SESSION_COOKIE_* stand on id and hints, on set as on delete, as on Flask's own cookie."""
+    app = make_valkey_app(SESSION_PERMANENT=permanent, **config)
+    cookie = config.get("SESSION_COOKIE_NAME", "session")
+    made = headers_of(app, lambda: session.update(a=1), {})
+    assert [line.partition("=")[0] for line in made] == [cookie, f"{cookie}_v"]
+    cookies = {line.partition("=")[0]: line.partition("=")[2].partition(";")[0] for line in made}
+    elsewhere = headers_of(app, lambda: session.update(a=2), {cookie: cookies[cookie]})
+    assert [line.partition("=")[0] for line in elsewhere] == [f"{cookie}_v", f"{cookie}_o"]
+    ended = headers_of(app, lambda: session.clear(), cookies)
+    assert [line.partition("=")[0] for line in ended] == [cookie, f"{cookie}_v", f"{cookie}_o"]
+    for line in (*made, *elsewhere, *ended):
+        assert attributes_of(line) == EXPECTED[name], line
+    for line in ended:
+        assert "=; " in line
+        assert "Max-Age=0" in line
+
+    flasks = Flask("flask", static_folder=None)
+    flasks.config.update(config, SECRET_KEY="x")
+    with flasks.test_request_context():
+        session["a"] = 1
+        line = flasks.process_response(Response()).headers["Set-Cookie"]
+    assert attributes_of(line) == EXPECTED[name]
+
+
+def test_cookie_settings_may_change_late(make_valkey_app: MakeApp) -> None:
+    """SESSION_COOKIE_* are read at each request, as Flask does."""
+    app = make_valkey_app()
+    app.flask.config.update(SESSION_COOKIE_NAME="late", SESSION_COOKIE_SAMESITE="Lax")
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    assert "SameSite=Lax" in browser.set_cookies["late"]
+    assert browser.run(lambda: session["a"]) == 1
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_the_id_goes_first(app: TestApp, end: bool) -> None:
+    """Before the cookies that a view sets; before the hints, too."""
+    browser = app.browser()
+    if end:
+        browser.run(lambda: session.update(a=1))
+
+    def view() -> Response:
+        session.clear() if end else session.update(a=1)
+        response = Response("done")
+        response.set_cookie("view", "1")
+        response.set_cookie("another", "2")
+        return response
+
+    browser.run(view)
+    hints = ["session_v", "session_o"] if end else ["session_v"]
+    assert list(browser.set_cookies) == ["session", *hints, "view", "another"]
+
+
+def test_cookie_names_by_request(app: TestApp) -> None:
+    """An interface whose get_cookie_name depends on the request keeps sessions apart."""
+
+    class ByTenant(LuaSessionInterface):
+        def get_cookie_name(self, _app: Flask) -> str:
+            return "sid_" + request.args.get("tenant", "none")
+
+    app.flask.session_interface.__class__ = ByTenant
+    browser = app.browser()
+    for tenant in ("one", "two"):
+        path, name = f"/run?tenant={tenant}", f"sid_{tenant}"
+        browser.run(lambda tenant=tenant: session.update(tenant=tenant), path=path)
+        assert list(browser.set_cookies) == [name, f"{name}_v"]
+    for tenant in ("one", "two"):
+        path, name = f"/run?tenant={tenant}", f"sid_{tenant}"
+        assert browser.run(lambda: dict(session), path=path) == {"tenant": tenant}
+        browser.run(lambda: session.clear(), path=path)
+        assert list(browser.set_cookies) == [name, f"{name}_v", f"{name}_o"]
+    assert browser.cookies == {}
+
+
+# -- permanence and refresh ---------------------------------------------------------------------------------
+
+
+def test_permanent_and_its_expiry(make_app: MakeApp) -> None:
+    """A permanent session's cookie expires after PERMANENT_SESSION_LIFETIME, another's with the browser."""
+    app = make_app(PERMANENT_SESSION_LIFETIME=timedelta(days=3))
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    assert "Expires" not in browser.set_cookies["session"]
+    assert browser.run(lambda: session.permanent) is False
+    before = datetime.now(UTC)
+    browser.run(lambda: setattr(session, "permanent", True))
+    [moment] = [
+        part.removeprefix("Expires=")
+        for part in browser.set_cookies["session"].split("; ")
+        if part.startswith("Expires=")
+    ]
+    assert timedelta(days=2) < parsedate_to_datetime(moment) - before < timedelta(days=4)
+    assert browser.twin(app.another()).run(lambda: session.permanent) is True
+
+
+@pytest.mark.parametrize("cache_ttl", [2.0, None])
+def test_permanent_before_each_request_costs_no_commit(make_app: MakeApp, cache_ttl: float | None) -> None:
     """session.permanent = True in before_request makes no session and no commit by itself."""
-    app = make_app(SESSION_PERMANENT=False)
+    app = make_app(SESSION_CACHE_TTL=cache_ttl)
     app.flask.before_request(lambda: setattr(session, "permanent", True))
     browser = app.browser()
     browser.get("/untouched")
-    assert app.keys() == []
+    assert (app.keys(), browser.cookies) == ([], {})
+    browser.run(lambda: session.update(a=1))
+    assert "Expires=" in browser.set_cookies["session"]
+    for _ in range(3):
+        browser.get("/untouched")
+        assert browser.set_cookies == {}
+    assert browser.run(lambda: (session.version, session.permanent)) == (1, True)
+    assert app.stats()["commits"] == 1
+
+
+@pytest.mark.parametrize("permanent", [False, True])
+@pytest.mark.parametrize("refresh", [False, True])
+def test_refresh_each_request(make_app: MakeApp, permanent: bool, refresh: bool) -> None:
+    """The id of a permanent session is sent again when its expiry is due, unless the setting is off."""
+    app = make_app(
+        SESSION_PERMANENT=permanent, SESSION_REFRESH_EACH_REQUEST=refresh, SESSION_TOUCH_INTERVAL=0
+    )
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    sid = browser.run(lambda: session.sid)
+    for use in (lambda: session["a"], lambda: session.update(b=1)):
+        browser.run(use)
+        assert ("session" in browser.set_cookies) is (permanent and refresh)
+        if permanent and refresh:
+            assert browser.set_cookies["session"].startswith(f"session={sid}; Expires=")
+    browser.get("/untouched")
+    assert browser.set_cookies == {}
+
+
+def test_refresh_at_most_once_per_touch_interval(make_app: MakeApp) -> None:
+    """Within the interval neither reads nor writes repeat the id, unlike Flask's, on each request."""
+    app = make_app(SESSION_PERMANENT=True, SESSION_TOUCH_INTERVAL=3600)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    browser.run(lambda: session["a"])
+    assert browser.set_cookies == {}
+    browser.run(lambda: session.update(b=1))
+    assert list(browser.set_cookies) == ["session_v"]
+
+
+# -- what a session tells of itself -------------------------------------------------------------------------
+
+
+def test_vary_and_accessed(app: TestApp) -> None:
+    """Touched it says Vary: Cookie, whether or not there is a session; untouched neither that nor a cookie."""
+    browser = app.browser()
+    for _ in range(2):
+        for touch in (
+            lambda: session.get("a"),
+            lambda: "a" in session,
+            lambda: bool(session),
+            lambda: session.new,
+            lambda: session.permanent,
+        ):
+            browser.run(touch)
+            assert browser.response is not None
+            assert browser.response.headers.getlist("Vary") == ["Cookie"]
+        response = browser.get("/untouched")
+        assert "Vary" not in response.headers
+        assert browser.set_cookies == {}
+        browser.run(lambda: session.update(a=1))
+        assert browser.response is not None
+        assert browser.response.headers.getlist("Vary") == ["Cookie"]
+    browser.run(lambda: session.clear())
+    assert browser.response.headers.getlist("Vary") == ["Cookie"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("Accept", "Accept, Cookie"), ("cookie", "cookie"), ("A, B", "A, B, Cookie")]
+)
+def test_one_merged_vary(make_valkey_app: MakeApp, given: str, expected: str) -> None:
+    """A Vary of the view's own is kept, and Cookie stands in it once."""
+    app = make_valkey_app()
+    browser = app.browser()
+    browser.run(lambda: Response(str(session.get("a")), headers={"Vary": given}))
+    assert browser.response is not None
+    assert browser.response.headers.getlist("Vary") == [expected]
+
+
+def test_accessed(app: TestApp) -> None:
+    """Flask marks the session as accessed when it is touched; looking its cookie up does not."""
+    seen: list[bool] = []
+
+    def look(response: Response) -> Response:
+        from flask.globals import request_ctx
+
+        seen.append(request_ctx._session.accessed)
+        return response
+
+    app.flask.after_request(look)
+    browser = app.browser()
     browser.run(lambda: session.update(a=1))
     browser.get("/untouched")
-    assert browser.run(lambda: (session.version, session.permanent)) == (1, True)
+    browser.run(lambda: session.get("a"))
+    assert seen == [True, False, True]
 
 
-def test_flashes_with_markup(app: TestApp) -> None:
-    """A flashed Markup arrives as Markup at the next request."""
+def test_new_and_modified(app: TestApp) -> None:
+    """``new`` until the session was there at the start; ``modified`` once anything changed, nested too."""
     browser = app.browser()
-    browser.run(lambda: flash(Markup("<b>")))
-    [message] = browser.run(get_flashed_messages)
-    assert type(message) is Markup
+
+    def first() -> None:
+        assert session.new
+        assert not session.modified
+        session["list"] = [1]
+        assert session.modified
+        session.commit()  # type: ignore[attr-defined]
+        assert session.new
+        assert session.modified
+
+    browser.run(first)
+
+    def second() -> None:
+        assert not session.new
+        assert session["list"] == [1]
+        assert not session.modified
+        session["list"].append(2)
+        assert session.modified
+        session["list"].pop()
+        assert not session.modified
+
+    browser.run(second)
+
+    def assigned() -> None:
+        session.modified = True
+        assert session.modified
+
+    browser.run(assigned)
+    assert browser.run(lambda: session.version) == 1
 
 
-def test_a_view_that_fails_still_saves(app: TestApp) -> None:
-    """As in Flask, what a failing view had put into the session is stored."""
+def test_modified_as_flask_users_set_it(app: TestApp) -> None:
+    """``session.modified = True`` after a nested change, and even ``= False``, takes nothing away."""
+    browser = app.browser()
+    browser.run(lambda: session.update(cart=[]))
+
+    def told(value: bool) -> None:
+        session["cart"].append(value)
+        session.modified = value
+        assert session.modified is value
+
+    browser.run(lambda: told(True))
+    browser.run(lambda: told(False))
+    assert browser.twin(app.another()).run(lambda: session["cart"]) == [True, False]
+
+
+def test_a_mapping_as_any_other(app: TestApp) -> None:
+    """The methods of a dict do what they do for a dict."""
+    browser = app.browser()
+
+    def view() -> None:
+        session.update({"a": 1}, b=2)
+        assert session.setdefault("c", 3) == 3
+        assert session.setdefault("a", 9) == 1
+        assert session.pop("b") == 2
+        assert session.pop("b", None) is None
+        with pytest.raises(KeyError):
+            session.pop("b")
+        assert sorted(session.items()) == [("a", 1), ("c", 3)]
+        assert session == {"a": 1, "c": 3}
+        assert session.popitem()[0] in "ac"
+        assert len(session) == 1
+        session.clear()
+        assert not session
+        session["z"] = 1
+
+    browser.run(view)
+    assert browser.run(lambda: dict(session)) == {"z": 1}
+    # Once more, on top of what is stored.
+    browser.run(lambda: session.clear())
+    browser.run(lambda: session.update(a=1, b=2))
+    browser.run(view)
+    assert browser.twin(app.another()).run(lambda: dict(session)) == {"z": 1}
+
+
+# -- around the view ----------------------------------------------------------------------------------------
+
+
+def test_values_kept_on_g(app: TestApp) -> None:
+    """A mutable value that before_request put on g and the view changed is stored."""
+
+    def load() -> None:
+        g.cart = session.get("cart")
+
+    app.flask.before_request(load)
+    browser = app.browser()
+    browser.run(lambda: session.update(cart=[1]))
+    browser.run(lambda: g.cart.append(2))
+    assert browser.run(lambda: g.cart) == [1, 2]
+    assert browser.run(lambda: session.version) == 2
+
+
+def test_changes_in_after_request_and_teardown(app: TestApp) -> None:
+    """What after_request changes is stored with the rest; what a later teardown changes, late (G15)."""
+
+    def after(response: Response) -> Response:
+        session["after"] = session.get("after", 0) + 1
+        return response
+
+    def teardown(_error: BaseException | None) -> None:
+        session["torn"] = session.get("torn", 0) + 1
+
+    app.flask.after_request(after)
+    app.flask.teardown_request(teardown)
+    browser = app.browser()
+    browser.run(lambda: session.update(view=1))
+    app.flask.after_request_funcs.clear()
+    app.flask.teardown_request_funcs[None].remove(teardown)
+    assert browser.run(lambda: dict(session)) == {"view": 1, "after": 1, "torn": 1}
+
+
+def test_flashes(app: TestApp) -> None:
+    """Flashed messages arrive once, at the next request or at this one, with category and as Markup."""
+    browser = app.browser()
+
+    def view() -> None:
+        flash(Markup("<b>"), "info")
+        flash("plain")
+
+    browser.run(view)
+    categories = browser.run(lambda: get_flashed_messages(with_categories=True))
+    assert categories == [("info", "<b>"), ("message", "plain")]
+    assert [type(message) for _, message in categories] == [Markup, str]
+    assert browser.run(get_flashed_messages) == []
+
+    def at_once() -> list[str]:
+        flash("now")
+        return get_flashed_messages()
+
+    assert browser.run(at_once) == ["now"]
+    assert browser.run(get_flashed_messages) == []
+
+
+def test_flashes_of_overlapping_requests(app: TestApp) -> None:
+    """Messages flashed while another request flashes or shows its own are neither lost nor shown twice."""
+    browser = app.browser()
+    browser.run(lambda: flash("first"))
+    other = browser.twin()
+
+    def flashing() -> None:
+        flash("second")
+        other.run(lambda: flash("third"))
+
+    browser.run(flashing)
+
+    def showing() -> list[str]:
+        shown = get_flashed_messages()
+        other.run(lambda: flash("fourth"))
+        return shown
+
+    assert sorted(browser.run(showing)) == ["first", "second", "third"]
+    assert browser.run(get_flashed_messages) == ["fourth"]
+    assert browser.run(get_flashed_messages) == []
+
+
+@pytest.mark.parametrize("failure", ["exception", "abort", "handled"])
+def test_a_view_that_fails_still_saves(app: TestApp, failure: str) -> None:
+    """As in Flask, what a failing view had put into the session is stored, cookie and all."""
+    app.flask.register_error_handler(KeyError, lambda _error: ("handled", 418))
     browser = app.browser()
 
     def view() -> None:
         session["a"] = 1
+        if failure == "abort":
+            abort(404)
+        raise KeyError if failure == "handled" else ValueError
+
+    browser.run(view, status={"exception": 500, "abort": 404, "handled": 418}[failure])
+    assert list(browser.set_cookies) == ["session", "session_v"]
+    assert browser.run(lambda: dict(session)) == {"a": 1}
+
+
+def test_an_error_handler_uses_the_session(app: TestApp) -> None:
+    """A 500 handler and a 404 handler read and write it as a view does."""
+
+    def answer(error: Any) -> tuple[str, int]:
+        session["errors"] = [*session.get("errors", []), error.code]
+        return "oops", error.code
+
+    app.flask.register_error_handler(500, answer)
+    app.flask.register_error_handler(404, answer)
+    browser = app.browser()
+
+    def view() -> None:
         raise ValueError
 
     browser.run(view, status=500)
-    assert browser.run(lambda: dict(session)) == {"a": 1}
+    assert browser.get("/nowhere").status_code == 404
+    assert browser.run(lambda: session["errors"]) == [500, 404]
 
 
-def test_an_app_is_freed(make_valkey_app: MakeApp) -> None:
-    """Nothing of luasession keeps an app alive that served requests."""
-    app = make_valkey_app()
-    app.browser().run(lambda: session.update(a=1))
-    reference = weakref.ref(app.flask)
-    del app
-    gc.collect()
-    assert reference() is None
+# -- errors met while saving --------------------------------------------------------------------------------
 
 
-def test_one_extension_for_several_apps(make_valkey_app: MakeApp) -> None:
-    """init_app reads each app's own settings."""
-    extension = Session()
-    apps = [Flask(name) for name in ("one", "two")]
-    for app, prefix in zip(apps, ("one:", "two:"), strict=True):
-        app.config["SESSION_KEY_PREFIX"] = prefix
-        extension.init_app(app)
-    assert apps[0].session_interface is not apps[1].session_interface
-    assert set(apps[0].extensions["luasession"].stats()) == {
-        *("loads", "cache_hits", "commits", "conflicts", "merges", "discards", "script_reloads", "bytes"),
-    }
+def test_the_most_specific_handler_answers(make_valkey_app: MakeApp) -> None:
+    """Of handlers for an error met while saving, the one nearest to its class answers."""
+    handlers = [(Exception, "any"), (LuaSessionError, "root"), (SessionTooLarge, "class")]
+    for last in range(len(handlers)):
+        app = make_valkey_app(SESSION_MAX_BYTES=50)
+        for handled, text in reversed(handlers[: last + 1]):
+            app.flask.register_error_handler(handled, lambda _error, text=text: (text, 413))
+        browser = app.browser()
+        browser.run(lambda: session.update(a="x" * 100), status=413)
+        assert browser.response is not None
+        assert browser.response.text == handlers[last][1]
+        assert browser.set_cookies == {}
+        assert app.keys() == []
 
 
-@pytest.mark.parametrize("name", ["sid_a", "sid_b"])
-def test_dynamic_cookie_names(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """An interface whose cookie name depends on the request reads and writes under that name."""
-    app = make_app()
-    monkeypatch.setattr(app.flask.session_interface, "get_cookie_name", lambda _app: name)
+@pytest.mark.parametrize("handled", [413, None])
+def test_an_error_while_saving_becomes_the_response(make_app: MakeApp, handled: int | None) -> None:
+    """Status, body and headers are the error's; nothing of the view's response is left, and no cookie."""
+    app = make_app(SESSION_MAX_BYTES=50)
+    if handled:
+        app.flask.register_error_handler(handled, lambda _error: ("mine", 413, {"X-Mine": "1"}))
     browser = app.browser()
     browser.run(lambda: session.update(a=1))
-    assert set(browser.cookies) == {name, f"{name}_v"}
+    closed: list[bool] = []
+
+    def view() -> Response:
+        session["a"] = "x" * 100
+        session.regenerate()  # type: ignore[attr-defined]
+        response = Response("view", headers={"X-View": "1"}, content_type="text/plain")
+        response.set_cookie("view", "1")
+        response.call_on_close(lambda: closed.append(True))
+        return response
+
+    browser.run(view, status=413)
+    assert browser.response is not None
+    assert ("mine" if handled else "too large") in browser.response.text
+    assert "X-View" not in browser.response.headers
+    assert ("X-Mine" in browser.response.headers) is bool(handled)
+    assert browser.response.headers.getlist("Vary") == ["Cookie"]
+    assert int(browser.response.headers["Content-Length"]) == len(browser.response.data)
+    assert browser.set_cookies == {}
+    browser.response.close()
+    assert closed == [True]
     assert browser.run(lambda: dict(session)) == {"a": 1}
+
+
+def test_an_error_while_saving_closes_a_stream_unread(make_valkey_app: MakeApp) -> None:
+    """A streamed response that an error takes the place of is closed, and no part of it is sent."""
+    app = make_valkey_app(SESSION_MAX_BYTES=50)
+    events: list[str] = []
+
+    def view() -> Response:
+        session["a"] = "x" * 100
+
+        class Body:
+            def __iter__(self) -> Iterator[str]:
+                events.append("read")
+                return iter(("streamed",))
+
+            def close(self) -> None:
+                events.append("closed")
+
+        return Response(Body())  # type: ignore[arg-type]
+
+    browser = app.browser()
+    browser.run(view, status=413)
+    assert browser.response is not None
+    assert "streamed" not in browser.response.text
+    browser.response.close()
+    assert events == ["closed"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_error_handler_that_writes_the_session(app: TestApp, known: bool) -> None:
+    """What a handler of an error met while saving mends or adds comes too late: nothing is stored."""
+
+    def answer(_error: TypeError) -> tuple[str, int]:
+        session.pop("thing")
+        session["handled"] = 1
+        return "mine", 422
+
+    app.flask.register_error_handler(TypeError, answer)
+    browser = app.browser()
+    if known:
+        browser.run(lambda: session.update(a=1))
+    browser.run(lambda: session.update(b=1, thing=object()), status=422)
+    assert browser.response is not None
+    assert browser.response.text == "mine"
+    assert browser.set_cookies == {}
+    assert browser.run(lambda: dict(session)) == ({"a": 1} if known else {})
+    assert len(app.keys()) == int(known)
+
+
+def test_a_commit_before_the_error_keeps_its_cookies(make_app: MakeApp) -> None:
+    """An id that an applied commit made is sent even if the rest of the request fails to be saved."""
+    app = make_app(SESSION_MAX_BYTES=50)
+    browser = app.browser()
+
+    def view() -> None:
+        session["a"] = 1
+        session.commit()  # type: ignore[attr-defined]
+        session["b"] = "x" * 100
+
+    browser.run(view, status=413)
+    assert list(browser.set_cookies) == ["session", "session_v"]
+    assert browser.run(lambda: dict(session)) == {"a": 1}
+
+
+def test_errors_are_raised_in_testing(make_valkey_app: MakeApp) -> None:
+    """With TESTING a TypeError met while saving reaches the test, as any unhandled error does in Flask."""
+    app = make_valkey_app(TESTING=True)
+    with pytest.raises(TypeError, match="'a'"):
+        app.browser().run(lambda: session.update(a=object()))
+
+
+# -- the interface and the extension ------------------------------------------------------------------------
+
+
+def test_saving_without_a_session(make_valkey_app: MakeApp) -> None:
+    """After an open that failed Flask saves None; that does nothing."""
+    app = make_valkey_app().flask
+    response = Response("x")
+    with app.test_request_context():
+        app.session_interface.save_session(app, None, response)  # type: ignore[arg-type]
+        app.session_interface.save_session(app, NullSession(), response)
+    assert "Set-Cookie" not in response.headers
+    assert "Vary" not in response.headers
+
+
+def test_the_null_session_is_flasks(make_valkey_app: MakeApp) -> None:
+    """make_null_session and is_null_session are untouched; a LuaSession is no null session."""
+    app = make_valkey_app().flask
+    null = app.session_interface.make_null_session(app)
+    assert type(null) is NullSession
+    assert app.session_interface.is_null_session(null)
+    with app.test_request_context():
+        opened = app.session_interface.open_session(app, request)
+        assert type(opened) is LuaSession
+        assert not app.session_interface.is_null_session(opened)
+
+
+def test_no_secret_key_is_needed(make_valkey_app: MakeApp) -> None:
+    """Ids are proven by their secret, so an app without SECRET_KEY has sessions."""
+    app = make_valkey_app()
+    assert app.flask.secret_key is None
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    assert browser.run(lambda: session["a"]) == 1
+
+
+def test_regenerate_by_the_interface(app: TestApp) -> None:
+    """app.session_interface.regenerate(session) rotates, for code written for Flask-Session."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    before = browser.run(lambda: (session.sid, session.handle))
+    browser.run(lambda: app.flask.session_interface.regenerate(session))  # type: ignore[attr-defined]
+    after = browser.run(lambda: (session.sid, session.handle))
+    assert after[0] != before[0]
+    assert after[1] == before[1]
+    assert browser.run(lambda: dict(session)) == {"a": 1}
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_an_app_is_freed(make_valkey_app: MakeApp, served: bool) -> None:
+    """Nothing of luasession keeps an app alive, neither one that served requests nor one that did not."""
+    app = make_valkey_app(SESSION_MAX_BYTES=50)
+    if served:
+        browser = app.browser()
+        browser.run(lambda: session.update(a=[1]))
+        browser.run(lambda: session["a"].append(1))
+        browser.run(lambda: session.clear())
+        browser.run(lambda: session.update(a="x" * 100), status=413)
+        del browser
+    references = [weakref.ref(app.flask), weakref.ref(app.flask.session_interface)]
+    del app
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+
+
+def test_a_freed_app_closes_its_connections(make_valkey_app: MakeApp) -> None:
+    """No socket is left to the garbage collector, which would warn of it in whatever test runs then."""
+    app = make_valkey_app()
+    app.browser().run(lambda: session.update(a=1))
+    [connection] = app.flask.session_interface._store._client._connections._idle  # type: ignore[attr-defined]
+    assert connection._sock is not None
+    del app
+    gc.collect()
+    assert connection._sock is None
+
+
+def make_two(make_app: MakeApp) -> list[TestApp]:
+    """Return two apps that one extension has been given, each with a prefix of its own."""
+    apps = [make_app(), make_app()]
+    extension = Session()
+    for app in apps:
+        extension.init_app(app.flask)
+    return apps
+
+
+def test_one_extension_for_several_apps(make_app: MakeApp) -> None:
+    """One Session serves several apps, each with its own settings, sessions and counters."""
+    one, two = make_two(make_app)
+    browsers = [one.browser(), two.browser()]
+    for browser, n in zip(browsers, (1, 2), strict=True):
+        browser.run(lambda n=n: session.update(n=n))
+    assert [browser.run(lambda: dict(session)) for browser in browsers] == [{"n": 1}, {"n": 2}]
+    assert browsers[0].twin(two).run(lambda: dict(session)) == {}
+    assert (len(one.keys()), len(two.keys())) == (1, 1)
+    assert one.flask.extensions["luasession"] is not two.flask.extensions["luasession"]
+    assert (one.stats()["commits"], two.stats()["commits"]) == (1, 1)
+
+
+def test_app_factories(make_app: MakeApp) -> None:
+    """Session() made at import time and init_app in the factory: each app is set up by its own config."""
+    extension = Session()
+    shared = make_app()
+
+    def create_app(**config: Any) -> Flask:
+        app = Flask("factory")
+        app.config.update(SESSION_REDIS_URL=shared.flask.config["SESSION_REDIS_URL"], **config)
+        extension.init_app(app)
+        app.add_url_rule("/set", "set", lambda: (session.update(a=1), "set")[1])
+        app.add_url_rule("/get", "get", lambda: repr(dict(session)))
+        return app
+
+    one = create_app(SESSION_KEY_PREFIX=shared.prefix)
+    two = create_app(SESSION_KEY_PREFIX=shared.prefix, SESSION_COOKIE_NAME="other")
+    client = one.test_client()
+    client.get("/set")
+    assert client.get("/get").text == "{'a': 1}"
+    [cookie] = [cookie for cookie in client._cookies.values() if cookie.key == "session"]
+    elsewhere = two.test_client()
+    elsewhere.set_cookie("other", cookie.value)
+    assert elsewhere.get("/get").text == "{'a': 1}"
+
+
+def test_set_up_twice(app: TestApp) -> None:
+    """init_app a second time takes the newer settings and saves late changes once."""
+    app.flask.config["SESSION_KEY_PREFIX"] = app.prefix + "again:"
+    Session(app.flask)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    assert app.keys() == [(app.prefix + browser.run(lambda: session.handle)).encode()]
+    assert streamed(browser, lambda: session.update(late=1)) == "begun,None"
+    assert browser.run(lambda: (dict(session), session.version)) == ({"a": 1, "late": 1}, 2)
+
+
+def test_flasks_own_interface_is_replaced(make_valkey_app: MakeApp) -> None:
+    """The app's interface is luasession's, and open_session returns a lazy LuaSession for each request."""
+    app = make_valkey_app()
+    assert isinstance(app.flask.session_interface, LuaSessionInterface)
+    assert not isinstance(app.flask.session_interface, SecureCookieSessionInterface)
+    before = app.stats()
+    for _ in range(3):
+        app.browser_with_header(f"session={'A' * 22}.{'B' * 43}").get("/untouched")
+    assert app.stats() == before
+
+
+@pytest.mark.parametrize("handle", ["view", "signal"])
+def test_async_views(make_valkey_app: MakeApp, handle: str) -> None:
+    """An async view uses the session as any other; an async receiver of a signal is awaited."""
+    from luasession.signals import session_created
+
+    app = make_valkey_app()
+    seen: list[str] = []
+
+    async def receive(_sender: Any, handle: str, **_about: Any) -> None:
+        seen.append(handle)
+
+    if handle == "signal":
+        session_created.connect(receive, app.flask)
+
+    async def view() -> str:
+        session["a"] = 1
+        return "done"
+
+    app.flask.add_url_rule("/async", view_func=view)
+    browser = app.browser()
+    assert browser.get("/async").status_code == 200
+    assert browser.run(lambda: dict(session)) == {"a": 1}
+    assert seen == ([browser.run(lambda: session.handle)] if handle == "signal" else [])

@@ -110,7 +110,9 @@ def test_the_secret_is_neither_stored_nor_logged(make_app: MakeApp, caplog: pyte
     browser.run(lambda: session.update(c=1))
     handle, _, secret = browser.cookies["session"].partition(".")
     stored = repr(app.stored(handle))
-    shown += [repr(thing) for thing in gc.get_objects() if type(thing).__module__.startswith("luasession")]
+    shown += [
+        repr(thing) for thing in gc.get_objects() if str(type(thing).__module__).startswith("luasession")
+    ]
     assert secret not in stored
     assert secret not in caplog.text
     assert secret not in "".join(shown)
