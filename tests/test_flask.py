@@ -276,12 +276,12 @@ PARTITIONED = {
     "SESSION_COOKIE_SAMESITE": "None",
     "SESSION_COOKIE_PARTITIONED": True,
 }
-LOOSE = {"SESSION_COOKIE_HTTPONLY": False, "APPLICATION_ROOT": "/root", "SESSION_COOKIE_DOMAIN": False}
+LOOSE = {"SESSION_COOKIE_HTTPONLY": False, "APPLICATION_ROOT": "/base", "SESSION_COOKIE_DOMAIN": False}
 EXPECTED = {
     "plain": {"HttpOnly", "Path=/"},
     "strict": {"HttpOnly", "Path=/app", "Domain=example.org", "Secure", "SameSite=Strict"},
     "partitioned": {"HttpOnly", "Path=/", "Secure", "SameSite=None", "Partitioned"},
-    "loose": {"Path=/root"},
+    "loose": {"Path=/base"},
 }
 
 
