@@ -112,45 +112,29 @@ def is_known(error: Exception) -> bool:
     return isinstance(error, (Unproven, OSError)) or _is_a(error, "RedisError") or _is_a(error, "ValkeyError")
 
 
-class _Shared:
-    """The pool of a ready client, which others may be using too."""
-
-    def __init__(self, pool: Any) -> None:
-        self._pool = pool
-        # redis-py warns if the command is named, valkey-py wants it.
-        first = next(iter(inspect.signature(pool.get_connection).parameters.values()))
-        self._named = () if first.default is None else ("EVALSHA",)
-        self.give = pool.release
-
-    def take(self) -> Any:
-        return self._pool.get_connection(*self._named)
-
-    def lose(self, connection: Any) -> None:
-        connection.disconnect()
-        self._pool.release(connection)
-
-
-class _Own:
+class _Connections:
     """Connections of luasession's own, the last used first.
 
-    The library's pools look at the socket before each use, to see whether a
-    connection was closed or has lost step. Here each reply proves itself, and
-    what was sent into a closed connection is sent again, so that look is spared.
+    They are made as the client's pool would make them, save that connecting is
+    not retried: how long a request waits is its deadline's business. The pools
+    also look at the socket before each use, to see whether a connection was
+    closed or has lost step. Here each reply proves itself, and what was sent into
+    a closed connection is sent again, so that look is spared.
 
-    :param pool: makes the connections.
+    :param pool: the client's pool, of which they keep settings and bound.
     :param seconds: how long to wait for a free one.
     """
 
     def __init__(self, pool: Any, seconds: float) -> None:
         # Not by the pool itself, which counts what it has ever made, and at a hundred makes no more.
-        self._make = partial(pool.connection_class, **pool.connection_kwargs)
+        self._make = partial(pool.connection_class, **_without_retries(pool.connection_kwargs))
         self._seconds = seconds
         self._idle: deque[Any] = deque()
         # Freed with its app it closes what it holds: sockets left to the garbage collector warn.
         weakref.finalize(self, _disconnect, self._idle)
         # A queue and no semaphore: a greenlet that is killed inside of release() would keep its slot.
         self._slots: SimpleQueue[None] = SimpleQueue()
-        for _ in range(_MAX_CONNECTIONS):
+        for _ in range(min(_MAX_CONNECTIONS, pool.max_connections)):
             self._slots.put(None)
 
     def take(self) -> Any:
@@ -184,6 +168,14 @@ class _Own:
             self._slots.put(None)
 
 
+def _without_retries(settings: dict[str, Any]) -> dict[str, Any]:
+    retry = settings.get("retry")
+    if retry is not None:
+        retry = type(retry)(NoBackoff(), 0)
+    off: dict[str, Any] = {"retry": retry, "retry_on_timeout": False, "retry_on_error": []}
+    return {**settings, **{name: off[name] for name in off.keys() & settings.keys()}}
+
+
 def _disconnect(connections: deque[Any]) -> None:
     while connections:
         connections.pop().disconnect()
@@ -195,7 +187,7 @@ class Client:
     :param connections: where they are taken from and given back to.
     """
 
-    def __init__(self, connections: _Own | _Shared) -> None:
+    def __init__(self, connections: _Connections) -> None:
         self._connections = connections
 
     def call(
@@ -276,13 +268,13 @@ def connect(config: Config, name: str) -> Client:
     :raise ConfigurationError: if the kind of client or URL is not one that works here.
     """
     if config.redis is None:
-        return Client(_Own(_pool_of(config, name), config.redis_timeout))
+        return Client(_Connections(_pool_of(config, name), config.redis_timeout))
     if not hasattr(config.redis, "connection_pool"):
         raise ConfigurationError(
             f"SESSION_REDIS is a {type(config.redis).__name__}; expected a redis-py Redis,"
             " a Sentinel's master_for(), or a valkey-py Valkey"
         )
-    return Client(_Shared(config.redis.connection_pool))
+    return Client(_Connections(config.redis.connection_pool, config.redis_timeout))
 
 
 def _pool_of(config: Config, name: str) -> redis.ConnectionPool:

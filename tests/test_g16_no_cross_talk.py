@@ -14,7 +14,7 @@ import redis
 import valkey as valkey_py
 from flask import session
 
-from luasession.client import Client, Unproven, _Own, connect
+from luasession.client import Client, Unproven, _Connections, connect
 from luasession.config import Config
 from luasession.scripts import script
 
@@ -286,7 +286,7 @@ def signal_main() -> bool:
 def own(valkey: Server) -> Iterator[Client]:
     client = connect(Config(redis_url=valkey.url), "test")
     yield client
-    assert isinstance(client._connections, _Own)
+    assert isinstance(client._connections, _Connections)
     for connection in client._connections._idle:
         connection.disconnect()
 
