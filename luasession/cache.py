@@ -92,12 +92,6 @@ class SnapshotCache:
         with self._lock:
             self._entries.pop(handle, None)
 
-    @property
-    def size(self) -> int:
-        """Bytes held, by estimate."""
-        with self._lock:
-            return int(self._entries.currsize)
-
     def _store(self, handle: str, entry: Entry) -> None:
         try:
             self._entries[handle] = entry

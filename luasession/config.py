@@ -211,11 +211,17 @@ _prefix = _must_be(
     lambda value: isinstance(value, str) and re.fullmatch(r"[^{}]+", value) is not None,
 )
 
+# Their loads runs what the bytes say: whoever can write to Redis would own the app.
+_EXECUTING = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "jsonpickle", "marshal")
+
 _serializer = _must_be(
-    "'json', 'msgpack' or an object with dumps and loads",
+    "'json', 'msgpack' or an object with dumps and loads that is no pickle",
     lambda value: (
         (isinstance(value, str) and value in ("json", "msgpack"))
-        or all(callable(getattr(value, name, None)) for name in ("dumps", "loads"))
+        or (
+            all(callable(getattr(value, name, None)) for name in ("dumps", "loads"))
+            and getattr(value, "__name__", None) not in _EXECUTING
+        )
     ),
 )
 

@@ -19,7 +19,6 @@ HANDLE_BYTES = 16
 #: Bytes of a write id, which names one commit (or one call) for good.
 WRITE_ID_BYTES = 8
 
-_TEXT = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 _HANDLE_CHARS = 22
 
 
@@ -77,11 +76,6 @@ def parse_session_id(cookie: str, length: int) -> SessionId | None:
 @cache
 def _form(length: int) -> re.Pattern[str]:
     return re.compile(rf"([A-Za-z0-9_-]{{{_HANDLE_CHARS}}})\.([A-Za-z0-9_-]{{{(length * 8 + 5) // 6}}})")
-
-
-def is_handle(text: str) -> bool:
-    """Tell whether a text has the form of a handle."""
-    return len(text) == _HANDLE_CHARS and _TEXT.fullmatch(text) is not None
 
 
 def same_digest(one: bytes, other: bytes) -> bool:

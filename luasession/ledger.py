@@ -28,8 +28,6 @@ class Conflict:
         self.theirs = theirs
         self.ours = ours
         self.outcome = outcome
-        #: Whether the policy could make sense of the types; if not, ours was stored.
-        self.fits = True
         self.policy = policy
 
 
@@ -360,9 +358,7 @@ class Ledger:
 
     def _merge(self, conflict: Conflict, sets: dict[bytes, Put], deletes: dict[bytes, Check]) -> None:
         name = field_name(conflict.key)
-        conflict.outcome, conflict.fits = merge.outcome(
-            conflict.policy, conflict.base, conflict.theirs, conflict.ours
-        )
+        conflict.outcome = conflict.policy(conflict.base, conflict.theirs, conflict.ours)
         if conflict.outcome is merge.MISSING:
             sets.pop(name, None)
             deletes[name] = Check.STRICT

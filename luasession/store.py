@@ -119,10 +119,6 @@ class Store:
         impatient = replace(caller, patience=Patience(0))
         return self._load(session_id, session_id.digest, impatient, snapshot)
 
-    def load_current(self, handle: str, caller: Caller) -> Loaded:
-        """Read a session by its handle alone, for calls from outside a request."""
-        return self._load(SessionId(handle, ""), b"", caller, None)
-
     def _read_whole(self, session_id: SessionId, caller: Caller) -> Snapshot | None:
         # A plain HGETALL: Lua builds the same reply at several times the server's CPU. It proves itself
         # by the digest in it; without that it proves nothing, and load.lua is asked (G16).

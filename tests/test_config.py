@@ -345,7 +345,8 @@ def test_windows_that_fill_the_lifetime_are_refused(settings: dict[str, Any], li
 )
 def test_windows_below_the_lifetime_pass(settings: dict[str, Any]) -> None:
     """Windows that leave anything of the idle lifetime are the app's own affair."""
-    read_config({**settings, "PERMANENT_SESSION_LIFETIME": 60})
+    config = read_config({**settings, "PERMANENT_SESSION_LIFETIME": 60})
+    assert config.touch_ms(60_000) / 1000 + config.trust_seconds(60_000) < 60
 
 
 def test_the_lifetime_is_flasks_default_where_it_is_missing() -> None:
@@ -357,13 +358,21 @@ def test_the_lifetime_is_flasks_default_where_it_is_missing() -> None:
 
 def test_the_lifetime_itself_is_not_checked() -> None:
     """An app may expire its sessions at once, as tests do, while no window was set."""
-    read_config({"PERMANENT_SESSION_LIFETIME": timedelta(0)})
+    config = read_config({"PERMANENT_SESSION_LIFETIME": timedelta(0)})
+    assert config == read_config({})
 
 
 def test_a_lifetime_that_is_none_is_refused_beside_a_set_window() -> None:
     """A window cannot be below a lifetime that is no duration."""
     with pytest.raises(ConfigurationError, match=r"^PERMANENT_SESSION_LIFETIME must be a timedelta"):
         read_config({"PERMANENT_SESSION_LIFETIME": None, "SESSION_CACHE_TTL": 1})
+
+
+@pytest.mark.parametrize("name", ["pickle", "marshal"])
+def test_a_serializer_that_executes_is_refused(name: str) -> None:
+    """Modules whose loads runs code are refused, though they have dumps and loads."""
+    with pytest.raises(ConfigurationError, match=r"SESSION_SERIALIZER must be .* no pickle"):
+        read_config({"SESSION_SERIALIZER": importlib.import_module(name)})
 
 
 # -- clients and URLs ------------------------------------------------------------------------
