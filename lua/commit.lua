@@ -8,9 +8,8 @@
 --           this commit (0: this is the first); flags (1 create the session, 2 clear it before the fields
 --           are set, 4 requests open at a rotation may still commit, 8 the touch interval is the default,
 --           so that a lifetime of its own shortens it); idle lifetime in ms, where the session has none
---           of its own; absolute lifetime of a new session in ms (0: none); grace time
---           for former digests and empty sessions in ms; touch interval in ms; most bytes of the session,
---           names and values
+--           of its own; touch interval in ms; absolute lifetime of a new session in ms (0: none); grace
+--           time for former digests and empty sessions in ms; most bytes of the session, names and values
 -- ARGV[4]   base, packed: version and write id; empty: a blind write
 -- ARGV[5]   own commits of this request since the base, 4 bytes of each write id
 -- ARGV[6]   fields set, packed: check (0 none, 1 report, 2 strict), ttl in ms (0 none), name, value
@@ -21,6 +20,8 @@
 -- ARGV[11]  idle lifetime of its own, ms; 0: none any more; empty: no change
 -- ARGV[12]  principal: '=' and the text, '-' for none any more, empty for no change
 -- ARGV[13]  label, in the same form
+--
+-- From ARGV[4] on, what is empty up to the end may be left out.
 --
 -- Reply: {code, write id, time in microseconds as 7 bytes, ...}, by code
 --   applied   packed: version, the pair replaced (12 zeros: no longer known), TTL refreshed, expiry
@@ -37,18 +38,18 @@
 local session = KEYS[1]
 local write_id = ARGV[1]
 local digest = ARGV[2]
-local age, resend, flags, default_lifetime, absolute, grace, touch_interval, max_bytes =
+local age, resend, flags, default_lifetime, touch_interval, absolute, grace, max_bytes =
   struct.unpack('>I7I7BI6I6I6I6I4', ARGV[3])
-local base = ARGV[4]
-local own = ARGV[5]
-local packed_sets = ARGV[6]
-local packed_deletes = ARGV[7]
-local packed_reads = ARGV[8]
-local new_digest = ARGV[9]
-local new_permanent = ARGV[10]
-local new_lifetime = ARGV[11]
-local new_principal = ARGV[12]
-local new_label = ARGV[13]
+local base = ARGV[4] or ''
+local own = ARGV[5] or ''
+local packed_sets = ARGV[6] or ''
+local packed_deletes = ARGV[7] or ''
+local packed_reads = ARGV[8] or ''
+local new_digest = ARGV[9] or ''
+local new_permanent = ARGV[10] or ''
+local new_lifetime = ARGV[11] or ''
+local new_principal = ARGV[12] or ''
+local new_label = ARGV[13] or ''
 
 local create, clear, in_flight, by_default = flags % 2 == 1, flags % 4 >= 2, flags % 8 >= 4, flags >= 8
 local base_version, base_id

@@ -2,9 +2,9 @@
 
 redis-py (and valkey-py, its fork) send a command again on their own account
 after a broken connection. For a commit that is wrong, since the first sending
-may have been applied, so the calls here take a connection from the client's
-pool, send once and read once. Sending again is the store's business, which
-does it under one deadline a request (:class:`Patience`).
+may have been applied. So a call here takes a connection, sends once and reads
+once, and what is sent again says so, under one deadline for the whole request
+(:class:`Patience`).
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ class Patience:
         self._left -= failed_after
         pause = self._pause * random.uniform(0.5, 1.5)  # noqa: S311 - jitter, no secret
         if self._left < pause:
-            raise unavailable(error) from error
+            raise _unavailable(error) from error
         time.sleep(pause)
         self._left -= pause
         self._pause = min(self._pause * 2, _LONGEST_PAUSE)
 
 
-def unavailable(error: Exception) -> SessionUnavailable:
+def _unavailable(error: Exception) -> SessionUnavailable:
     """Return what a request is told of a failure: the kind and the server's words."""
     return SessionUnavailable(f"{type(error).__name__}: {error}")
 
@@ -91,12 +91,12 @@ def _is_a(error: Exception, name: str) -> bool:
     return any(kind.__name__ == name for kind in type(error).__mro__)
 
 
-def is_no_script(error: Exception) -> bool:
+def _is_no_script(error: Exception) -> bool:
     """Whether the server does not know the script."""
     return _is_a(error, "NoScriptError") or str(error).startswith("NOSCRIPT")
 
 
-def is_passing(error: Exception) -> bool:
+def _is_passing(error: Exception) -> bool:
     """Whether the same call may well succeed a little later."""
     if _is_a(error, "AuthenticationError") or _is_a(error, "AuthorizationError"):
         return False
@@ -107,7 +107,7 @@ def is_passing(error: Exception) -> bool:
     return any(words in str(error) for words in _PASSING)
 
 
-def is_known(error: Exception) -> bool:
+def _is_known(error: Exception) -> bool:
     """Whether an exception comes from the client library or the system below it."""
     return isinstance(error, (Unproven, OSError)) or _is_a(error, "RedisError") or _is_a(error, "ValkeyError")
 
@@ -138,6 +138,7 @@ class _Connections:
             self._slots.put(None)
 
     def take(self) -> Any:
+        """Return one that is connected."""
         try:
             self._slots.get(timeout=self._seconds)
         except Empty:
@@ -147,10 +148,12 @@ class _Connections:
         except IndexError:
             pass
         try:
-            return self._make()
+            connection = self._make()
+            connection.connect()
         except BaseException:
             self._slots.put(None)
             raise
+        return connection
 
     def give(self, connection: Any) -> None:
         self._idle.append(connection)
@@ -192,40 +195,54 @@ class Client:
 
     def call(
         self,
-        *arguments: Argument,
-        accept: Callable[[Any], bool] | None = None,
-        fallback: Callable[[], Sequence[Argument]] | None = None,
+        words: Callable[[int, int, bool], Sequence[Argument]],
+        accept: Callable[[Any], bool],
+        patience: Patience,
         wait: tuple[int, int] | None = None,
-    ) -> Any:
-        """Send one command and return its reply, undecoded.
+    ) -> tuple[int, Any]:
+        """Send one command until it is answered, and return when that was sent, and the reply, undecoded.
 
-        :param accept: tells whether a reply is the answer to this call. If it is
-            not, the connection has lost step, and with it goes the reply.
-        :param fallback: makes what is sent instead if the server does not know the script.
+        :param words: makes the command when a connection is there for it, since the age of a request
+            counts up to the sending. It gets the monotonic nanosecond of this sending and of the first
+            one, and whether the server may know the script.
+        :param accept: tells whether a reply is the answer to this call. If it is not, the connection
+            has lost step, and with it goes the reply.
         :param wait: so many replicas have to acknowledge within so many milliseconds.
-        :raise Unproven: if the reply was not accepted.
-        :raise SessionUnavailable: if too few replicas acknowledged.
+        :raise SessionUnavailable: if there is no answer within the deadline, or one that does not pass
+            by itself, or too few replicas acknowledged.
         """
-        connection = self._connections.take()
-        try:
+        first = 0
+        known = True
+        while True:
+            begun = time.monotonic_ns()
             try:
-                reply = self._exchange(connection, arguments, wait)
-            except Exception as error:
-                if fallback is None or not is_no_script(error):
+                connection = self._connections.take()
+                try:
+                    sent = time.monotonic_ns()
+                    first = first or sent
+                    reply = self._exchange(connection, words(sent, first, known), wait)
+                    if not accept(reply):
+                        raise Unproven("the reply answers another call")
+                except BaseException as error:
+                    if isinstance(error, Exception) and _is_a(error, "ResponseError"):
+                        self._connections.give(connection)
+                    else:
+                        # Whatever breaks off between sending and reading, a killed greenlet too, leaves a
+                        # reply behind that the connection's next user would take for its own (G16).
+                        self._connections.lose(connection)
                     raise
-                reply = self._exchange(connection, fallback(), wait)
-            if accept is not None and not accept(reply):
-                raise Unproven("the reply answers another call")
-        except BaseException as error:
-            if isinstance(error, Exception) and _is_a(error, "ResponseError"):
                 self._connections.give(connection)
+            except Exception as error:
+                if not _is_known(error):
+                    raise
+                if known and _is_no_script(error):
+                    known = False
+                    continue
+                if not _is_passing(error):
+                    raise _unavailable(error) from error
+                patience.wait(error, (time.monotonic_ns() - begun) / 1e9)
             else:
-                # Whatever breaks off between sending and reading, a killed greenlet too, leaves a reply
-                # behind that the connection's next user would take for its own (G16).
-                self._connections.lose(connection)
-            raise
-        self._connections.give(connection)
-        return reply
+                return sent, reply
 
     @staticmethod
     def _exchange(connection: Any, arguments: Sequence[Argument], wait: tuple[int, int] | None) -> Any:

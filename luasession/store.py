@@ -11,35 +11,32 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
 from threading import Lock
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 from .cache import SnapshotCache
-from .client import Argument, Client, Patience, connect, is_known, is_passing, unavailable
+from .client import Argument, Client, Patience, connect
 from .config import Config
 from .delta import Change, Delta
-from .errors import CorruptSession, LuaSessionError, SessionTooLarge, SessionUnavailable
+from .errors import CorruptSession, SessionTooLarge, SessionUnavailable
 from .ids import SessionId, new_write_id, same_digest
 from .outcome import Applied, Conflicting, Loaded, Refused, Standing
+from .packing import pack_change, pack_delta
 from .scripts import Code, script
 from .snapshot import Snapshot, read_changes, read_hash
 from .stats import Stats
 
 _NOTHING: Mapping[bytes, bytes | None] = MappingProxyType({})
-_Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """The request behind a call.
+class Caller(NamedTuple):
+    """The request behind a call."""
 
-    :param opened: the monotonic nanosecond at which it opened its session.
-    :param lifetime_ms: idle lifetime of sessions that have none of their own.
-    """
-
+    #: The monotonic nanosecond at which it opened its session.
     opened: int
+    #: Idle lifetime, in milliseconds, of sessions that have none of their own.
     lifetime_ms: int
     patience: Patience
 
@@ -70,6 +67,13 @@ class Store:
         # touched in the child. The hook holds the store weakly, as there is no way to take it back.
         os.register_at_fork(after_in_child=_starter_afresh(weakref.ref(self)))
         replicas = config.wait_replicas
+        self._numbers = b"".join(
+            (
+                (config.absolute_ms or 0).to_bytes(6),
+                config.grace_ms.to_bytes(6),
+                config.max_bytes.to_bytes(4),
+            )
+        )
         self._wait = (replicas, config.wait_timeout_ms) if replicas else None
 
     # -- reading ------------------------------------------------------------
@@ -116,47 +120,41 @@ class Store:
 
         :raise SessionUnavailable: if Redis does not answer at once.
         """
-        impatient = replace(caller, patience=Patience(0))
+        impatient = caller._replace(patience=Patience(0))
         return self._load(session_id, session_id.digest, impatient, snapshot)
 
     def _read_whole(self, session_id: SessionId, caller: Caller) -> Snapshot | None:
         # A plain HGETALL: Lua builds the same reply at several times the server's CPU. It proves itself
         # by the digest in it; without that it proves nothing, and load.lua is asked (G16).
-        key = self._key(session_id.handle)
-
-        def send(sent: int, _first: int) -> Snapshot | None:
-            reply = self._client.call(b"HGETALL", key, accept=_is_hash)
-            if not isinstance(reply, dict):
-                reply = _paired(reply)
-            identity = reply.get(b"@i")
-            if identity is None or not same_digest(identity[1:33], session_id.digest):
-                return None
-            snapshot = read_hash(reply)
-            self._here.stats.add("loads", snapshot.size)
-            self._remember(session_id.handle, snapshot, sent)
-            return snapshot
-
-        return self._persist(caller, send)
+        words = (b"HGETALL", self._key(session_id.handle))
+        sent, reply = self._client.call(lambda *_: words, _is_hash, caller.patience)
+        if not isinstance(reply, dict):
+            reply = _paired(reply)
+        identity = reply.get(b"@i")
+        if identity is None or not same_digest(identity[1:33], session_id.digest):
+            return None
+        snapshot = read_hash(reply)
+        self._here.stats.add("loads", snapshot.size)
+        self._remember(session_id.handle, snapshot, sent)
+        return snapshot
 
     def _load(self, session_id: SessionId, digest: bytes, caller: Caller, base: Snapshot | None) -> Loaded:
         here = self._here
         lifetime_ms = (base and base.lifetime_ms) or caller.lifetime_ms
 
-        def send(sent: int, _first: int) -> tuple[int, list[Any]]:
-            return sent, self._run(
-                "load",
-                session_id.handle,
-                new_write_id(),
-                sent,
+        def arguments(age: int, _resend: int) -> tuple[Argument, ...]:
+            return (
                 digest,
-                (sent - caller.opened) // 1000,
+                age,
                 base.pair if base else b"",
                 caller.lifetime_ms,
                 self._config.touch_ms(lifetime_ms),
                 self._config.grace_ms,
             )
 
-        sent, (code, _id, _now, *rest) = self._persist(caller, send)
+        sent, (code, _id, _now, *rest) = self._run(
+            "load", session_id.handle, new_write_id(), caller, arguments
+        )
         if code not in _SNAPSHOTS:
             here.stats.add("loads")
             here.cache.drop(session_id.handle)
@@ -221,7 +219,6 @@ class Store:
     ) -> Applied | Conflicting | Refused:
         config = self._config
         write_id = new_write_id()
-        sets = _pack_sets(delta)
         flags = create | delta.cleared << 1
         if delta.rotation is None or delta.rotation.in_flight:
             flags |= 4
@@ -231,40 +228,26 @@ class Store:
             (
                 flags.to_bytes(1),
                 caller.lifetime_ms.to_bytes(6),
-                (config.absolute_ms or 0).to_bytes(6),
-                config.grace_ms.to_bytes(6),
                 config.touch_ms(caller.lifetime_ms).to_bytes(6),
-                config.max_bytes.to_bytes(4),
+                self._numbers,
             )
         )
-        fixed: tuple[Argument, ...] = (
-            delta.base or b"",
-            b"".join([own[:4] for own in delta.own]),
-            sets,
-            b"".join([_pack_check(name, check) for name, check in delta.deletes.items()]),
-            b"*" if delta.reads is None else b"".join(map(_pack_name, delta.reads)),
-            rotate_to.digest if rotate_to else b"",
-            b"" if delta.permanent is None else int(delta.permanent),
-            b"" if delta.lifetime_ms is None else delta.lifetime_ms,
-            _pack_change(delta.principal),
-            _pack_change(delta.label),
-        )
+        packed = pack_delta(delta, rotate_to.digest if rotate_to else b"")
 
-        def send(sent: int, first: int) -> tuple[int, list[Any]]:
-            age_resend = ((sent - caller.opened) // 1000).to_bytes(7) + _resend(sent, first).to_bytes(7)
-            return sent, self._run(
-                "commit", handle, write_id, sent, digest, age_resend + numbers, *fixed, wait=self._wait
-            )
+        def arguments(age: int, resend: int) -> tuple[Argument, ...]:
+            return (digest, age.to_bytes(7) + resend.to_bytes(7) + numbers, *packed)
 
         here = self._here
         try:
-            sent, (code, _id, now_us, *rest) = self._persist(caller, send)
+            sent, (code, _id, now_us, *rest) = self._run(
+                "commit", handle, write_id, caller, arguments, self._wait
+            )
         except SessionUnavailable:
             # It may have been applied all the same: what is held here may be of before it.
             here.cache.drop(handle)
             raise
         if code == Code.APPLIED:
-            here.stats.add("commits", len(sets))
+            here.stats.add("commits", sum(map(len, packed)))
             expected = rotate_to.digest if rotate_to else digest
             fresh = create or delta.cleared
             return self._applied(
@@ -341,22 +324,12 @@ class Store:
         :param always: leave a tombstone even where there is no session yet.
         :raise SessionUnavailable: if Redis does not answer within the deadline.
         """
+        wanted = b"" if principal is None else pack_change(Change(principal))
 
-        def send(sent: int, first: int) -> list[Any]:
-            return self._run(
-                "destroy",
-                handle,
-                new_write_id(),
-                sent,
-                digest,
-                _resend(sent, first),
-                self._config.grace_ms,
-                b"" if principal is None else "=" + principal,
-                int(always),
-                wait=self._wait,
-            )
+        def arguments(_age: int, resend: int) -> tuple[Argument, ...]:
+            return (digest, resend, self._config.grace_ms, wanted, int(always))
 
-        code, *_ = self._persist(caller, send)
+        _sent, (code, *_) = self._run("destroy", handle, new_write_id(), caller, arguments, self._wait)
         self._here.cache.drop(handle)
         return bool(code == Code.DESTROYED)
 
@@ -397,15 +370,13 @@ class Store:
 
     def _warm_up(self, client: Client) -> None:
         # Best effort: without it the first calls cost an EVAL each, and the clock comes with their reply.
-        try:
+        once = Patience(0)
+        with suppress(SessionUnavailable):
             for name in ("load", "commit", "destroy"):
-                client.call(b"SCRIPT", b"LOAD", script(name).text)
-            sent = time.monotonic_ns()
-            seconds, microseconds = client.call(b"TIME", accept=_is_time)
+                words = (b"SCRIPT", b"LOAD", script(name).text)
+                client.call(lambda *_, words=words: words, _is_sha, once)
+            sent, (seconds, microseconds) = client.call(lambda *_: (b"TIME",), _is_time, once)
             self._set_clock(int(seconds) * 1_000_000 + int(microseconds), sent)
-        except Exception as error:
-            if not is_known(error):
-                raise
 
     def _key(self, handle: str) -> bytes:
         return (self._config.key_prefix + handle).encode()
@@ -426,54 +397,34 @@ class Store:
         name: str,
         handle: str,
         call_id: bytes,
-        sent: int,
-        *arguments: Argument,
+        caller: Caller,
+        arguments: Callable[[int, int], tuple[Argument, ...]],
         wait: tuple[int, int] | None = None,
-    ) -> list[Any]:
-        """Run a script, and return its reply if it is the answer to this very call."""
+    ) -> tuple[int, list[Any]]:
+        """Run a script, and return when it was sent, and its reply.
+
+        :param call_id: its first argument, which the reply has to echo (G16).
+        :param arguments: makes the others of the age of the request, and of the microseconds since the
+            first sending, 0 if this is the first.
+        """
         text = script(name)
         key = self._key(handle)
+
+        def words(sent: int, first: int, known: bool) -> tuple[Argument, ...]:
+            if not known:
+                self._here.stats.add("script_reloads")
+            how = (b"EVALSHA", text.sha) if known else (b"EVAL", text.text)
+            # Sent again it is marked so, even within a microsecond: not found in the ring, it may have
+            # been applied.
+            resend = max((sent - first) // 1000, 1) if sent != first else 0
+            return (*how, b"1", key, call_id, *arguments((sent - caller.opened) // 1000, resend))
 
         def accept(reply: Any) -> bool:
             return isinstance(reply, list) and len(reply) >= 3 and bool(reply[1] == call_id)
 
-        def reloaded() -> tuple[Argument, ...]:
-            self._here.stats.add("script_reloads")
-            return (b"EVAL", text.text, 1, key, call_id, *arguments)
-
-        reply: list[Any] = self._client.call(
-            b"EVALSHA",
-            text.sha,
-            1,
-            key,
-            call_id,
-            *arguments,
-            accept=accept,
-            fallback=reloaded,
-            wait=wait,
-        )
+        sent, reply = self._client.call(words, accept, caller.patience, wait)
         self._set_clock(int.from_bytes(reply[2]), sent)
-        return reply
-
-    @staticmethod
-    def _persist(caller: Caller, send: Callable[[int, int], _Result]) -> _Result:
-        """Send until it is answered, or the deadline of the request has passed.
-
-        :param send: gets the monotonic nanoseconds of this sending and of the first.
-        """
-        first = sent = time.monotonic_ns()
-        while True:
-            try:
-                return send(sent, first)
-            except LuaSessionError:
-                raise
-            except Exception as error:
-                if not is_known(error):
-                    raise
-                if not is_passing(error):
-                    raise unavailable(error) from error
-                caller.patience.wait(error, (time.monotonic_ns() - sent) / 1e9)
-            sent = time.monotonic_ns()
+        return sent, reply
 
 
 def _starter_afresh(reference: weakref.ref[Store]) -> Callable[[], None]:
@@ -502,11 +453,6 @@ def _paired(items: list[Any]) -> dict[bytes, Any]:
     return dict(zip(items[::2], items[1::2], strict=True))
 
 
-def _resend(sent: int, first: int) -> int:
-    # Sent again it is marked so, even within a microsecond: not found in the ring, it may have been applied.
-    return max((sent - first) // 1000, 1) if sent != first else 0
-
-
 def _is_hash(reply: Any) -> bool:
     # Another call's reply may be a list as well, of anything.
     items = [*reply, *reply.values()] if isinstance(reply, dict) else reply
@@ -517,33 +463,9 @@ def _is_time(reply: Any) -> bool:
     return isinstance(reply, list) and len(reply) == 2
 
 
+def _is_sha(reply: Any) -> bool:
+    return isinstance(reply, bytes)
+
+
 def _moves_expiry(delta: Delta) -> bool:
     return delta.permanent is not None or delta.lifetime_ms is not None
-
-
-def _pack_name(name: bytes) -> bytes:
-    return len(name).to_bytes(4) + name
-
-
-def _pack_check(name: bytes, check: int) -> bytes:
-    return check.to_bytes(1) + len(name).to_bytes(4) + name
-
-
-def _pack_sets(delta: Delta) -> bytes:
-    parts: list[bytes] = []
-    for name, (value, check, ttl_ms) in delta.sets.items():
-        parts += (
-            check.to_bytes(1) + ttl_ms.to_bytes(6) + len(name).to_bytes(4),
-            name,
-            len(value).to_bytes(4),
-            value,
-        )
-    return b"".join(parts)
-
-
-def _pack_change(change: Change | None) -> bytes:
-    if change is None:
-        return b""
-    if change.value is None:
-        return b"-"
-    return b"=" + change.value.encode("utf-8", "surrogatepass")

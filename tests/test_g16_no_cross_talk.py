@@ -14,8 +14,9 @@ import redis
 import valkey as valkey_py
 from flask import session
 
-from luasession.client import Client, Unproven, _Connections, connect
+from luasession.client import Client, Patience, _Connections, connect
 from luasession.config import Config
+from luasession.errors import SessionUnavailable
 from luasession.scripts import script
 
 from .conftest import Browser, MakeApp, TestApp
@@ -158,19 +159,23 @@ def one_foreign_reply(seeder: TestApp, app: TestApp, foreign: str, call: str) ->
     return status
 
 
+def _echo(client: Client, word: bytes) -> Any:
+    return client.call(lambda *_: (b"ECHO", word), lambda _reply: True, Patience(0))[1]
+
+
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_foreign_reply_costs_the_connection(valkey: Server, client: str) -> None:
     """A reply that is not accepted is an error, and the connection that it came from is closed."""
     library = CLIENTS[client](valkey)
     way = connect(Config(redis_url=valkey.url, redis=library), "test")
-    assert way.call(b"ECHO", b"a") == b"a"
+    assert _echo(way, b"a") == b"a"
     connection = way._connections.take()
     way._connections.give(connection)
     assert connection._sock is not None
-    with pytest.raises(Unproven):
-        way.call(b"ECHO", b"b", accept=lambda reply: False)
+    with pytest.raises(SessionUnavailable, match="Unproven: the reply answers another call"):
+        way.call(lambda *_: (b"ECHO", b"b"), lambda reply: False, Patience(0))
     assert connection._sock is None
-    assert way.call(b"ECHO", b"c") == b"c"
+    assert _echo(way, b"c") == b"c"
     connection.disconnect()
     if library is not None:
         library.close()
@@ -328,4 +333,4 @@ def test_a_broken_connection_takes_its_neighbours_along(own: Client, valkey: Ser
         connections.give(connection)
     connections.lose(taken[0])
     assert [connection._sock for connection in taken] == [None] * 3
-    assert own.call(b"ECHO", b"on") == b"on"
+    assert _echo(own, b"on") == b"on"

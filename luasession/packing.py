@@ -1,0 +1,52 @@
+"""Packing: a delta as commit.lua takes it; the forms are those of the script's header."""
+
+from __future__ import annotations
+
+from .delta import Change, Delta
+
+
+def pack_delta(delta: Delta, new_digest: bytes) -> list[bytes]:
+    """Return the arguments of commit.lua from the base on.
+
+    :param new_digest: of the secret that the session has afterwards, empty if it keeps its own.
+    """
+    arguments = [
+        delta.base or b"",
+        b"".join([own[:4] for own in delta.own]),
+        _pack_sets(delta),
+        b"".join([check.to_bytes(1) + _pack_name(name) for name, check in delta.deletes.items()]),
+        b"*" if delta.reads is None else b"".join([_pack_name(name) for name in delta.reads]),
+        new_digest,
+        b"" if delta.permanent is None else b"%d" % delta.permanent,
+        b"" if delta.lifetime_ms is None else b"%d" % delta.lifetime_ms,
+        pack_change(delta.principal),
+        pack_change(delta.label),
+    ]
+    while arguments and not arguments[-1]:  # what changes rarely stands last, and may be left out
+        arguments.pop()
+    return arguments
+
+
+def pack_change(change: Change | None) -> bytes:
+    """Return a text or its removal, nothing for no change."""
+    if change is None:
+        return b""
+    if change.value is None:
+        return b"-"
+    return b"=" + change.value.encode("utf-8", "surrogatepass")
+
+
+def _pack_name(name: bytes) -> bytes:
+    return len(name).to_bytes(4) + name
+
+
+def _pack_sets(delta: Delta) -> bytes:
+    parts: list[bytes] = []
+    for name, (value, check, ttl_ms) in delta.sets.items():
+        parts += (
+            check.to_bytes(1) + ttl_ms.to_bytes(6) + len(name).to_bytes(4),
+            name,
+            len(value).to_bytes(4),
+            value,
+        )
+    return b"".join(parts)
