@@ -66,6 +66,7 @@ local RING, RING_HEAD = '>I7I7B', 15                -- floor us, last halving us
 local TRANSIT = 20000                            -- microseconds by which two calls' transits may differ
 local EVERYTHING = 255                           -- a journal entry that names no fields
 local QUIET, BUSY = 64, 768                      -- bytes of ring and of journal
+local CHUNK = 7000                               -- arguments that unpack takes
 
 local clock = redis.call('TIME')
 local now_us = clock[1] * 1000000 + clock[2]
@@ -75,26 +76,18 @@ local opened = now_us - age
 local function answer(code, ...)
   return {code, write_id, struct.pack('>I7', now_us), ...}
 end
-local function answer_with(list, code, ...)
-  local reply = answer(code, ...)
-  for _, item in ipairs(list) do reply[#reply + 1] = item end
-  return reply
-end
 
 -- What is used rarely is read only if the state says that there is any of it.
-local meta = redis.call('HMGET', session, '@i', '@v', '@r', '@j', '@t')
-local identity, state, ring, journal, ended = meta[1], meta[2], meta[3] or '', meta[4] or '', meta[5]
+local meta = redis.call('HMGET', session, '@i', '@v', '@r', '@j')
+local identity, state, ring, journal = meta[1], meta[2], meta[3] or '', meta[4] or ''
 local formers, cleared, own_lifetime, principal, label, deadlines = '', false, false, false, false, false
 
 local version, last_id, committed, touched, ends, bytes, permanent, fields = 0, NONE, 0, 0, 0, 0, 0, 0
-local current_digest, created, absolute_end
 if identity then
   if #identity ~= IDENTITY_BYTES or identity:byte() ~= FORMAT or not state or #state ~= STATE_BYTES
       or #ring < RING_HEAD or #journal < 8 then
     return answer('corrupt')
   end
-  local _
-  _, current_digest, created, absolute_end = struct.unpack(IDENTITY, identity)
   local rare
   version, last_id, committed, touched, ends, bytes, permanent, rare, fields = struct.unpack(STATE, state)
   if rare == 1 then
@@ -115,20 +108,24 @@ if found then
 end
 -- Not in the ring, but it may have been there: from before the floor nobody can tell any more. When it was
 -- first sent is known here to a call's transit only, so in doubt it is unknown, never applied again.
-local floor_us = #ring >= RING_HEAD and struct.unpack('>I7', ring) or 0
-if resend > 0 and floor_us > 0 and now_us - resend <= floor_us + TRANSIT then
-  return answer('unknown')
+if resend > 0 and identity then
+  local floor_us = struct.unpack('>I7', ring)
+  if floor_us > 0 and now_us - resend <= floor_us + TRANSIT then return answer('unknown') end
 end
 
 -- Dead stays dead (G7): who was open when it ended cannot bring it back.
-if ended then
-  return answer((#ended == 7 and opened < struct.unpack('>I7', ended)) and 'gone' or 'missing')
+if not identity then
+  local ended = redis.call('HGET', session, '@t')
+  if ended then
+    return answer((#ended == 7 and opened < struct.unpack('>I7', ended)) and 'gone' or 'missing')
+  end
 end
 if create == (identity and true or false) then
   return answer('missing')
 end
 
-if not create and digest ~= '' and digest ~= current_digest then
+local current_digest = create and digest or identity:sub(2, 33)
+if digest ~= '' and digest ~= current_digest then
   -- Equality of SHA-256 values tells nothing about secrets by its time.
   local code, before = 'missing', 0
   for at = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
@@ -148,10 +145,11 @@ end
 
 -- What others changed since the base, by the journal. A base that is not in it as a pair means that
 -- everything may have changed; one that is numbered above its floor is of a future lost in a failover.
-local base_known, base_lost, everything, changed = true, false, false, {}
+local base_known, base_lost, everything, changed = true, false, false, nil
 if base_version and not create and (base_version ~= version or base_id ~= last_id) then
   local prefix = base_id:sub(1, 4)
   local number, floor_id = struct.unpack('>I4c4', journal)
+  changed = {}
   base_known = base_version == number and prefix == floor_id
   base_lost = base_version >= number
   -- A base from before the floor is not to be found; from the floor on, all entries are walked.
@@ -185,118 +183,127 @@ if cleared and not clear then
   end
 end
 
-local sets, deletes, touched_names = {}, {}, {}
-local fields_before = fields
-local after = clear and 0 or bytes
-if clear then fields = 0 end
+-- Names and values to set, with room for the metadata; names to delete; the checks and ttls that are not 0.
+local writes, removed, checks, ttls = {'@v', false, '@r', false, '@j', false}, {}, nil, nil
+local SETS = #writes + 1
+local after, fields_before = bytes, fields
+if clear then after, fields = 0, 0 end
 local function take_out(name)
-  local length = clear and 0 or redis.call('HSTRLEN', session, name)
+  local length = (create or clear) and 0 or redis.call('HSTRLEN', session, name)
   if length > 0 then after, fields = after - length - #name, fields - 1 end
 end
-local ttls = false
-local at = 1
+local at, check, ttl, name, value = 1
 while at <= #packed_sets do
-  local check, ttl, name, value
   check, ttl, name, value, at = struct.unpack('>BI6I4c0I4c0', packed_sets, at)
-  sets[#sets + 1] = {name, value, check, ttl}
-  touched_names[name] = true
-  ttls = ttls or ttl > 0
+  writes[#writes + 1] = name
+  writes[#writes + 1] = value
+  if check > 0 then
+    checks = checks or {}
+    checks[name] = check
+  end
+  if ttl > 0 then
+    ttls = ttls or {}
+    ttls[name] = ttl
+  end
   take_out(name)
   after, fields = after + #name + #value, fields + 1
 end
+local last_set = #writes
 at = 1
 while at <= #packed_deletes do
-  local check, name
   check, name, at = struct.unpack('>BI4c0', packed_deletes, at)
-  deletes[#deletes + 1] = {name, false, check}
-  touched_names[name] = true
+  removed[#removed + 1] = name
+  if check > 0 then
+    checks = checks or {}
+    checks[name] = check
+  end
   take_out(name)
 end
 
 -- Fields with an end of their own: keep the list, and take out what has expired.
-local kept_deadlines, expired = {}, {}
+local kept_deadlines, expired
 if clear then deadlines = false end
 if deadlines or ttls then
+  kept_deadlines, expired = {}, {}
+  local mine = {}
+  for i = SETS, last_set, 2 do mine[writes[i]] = true end
+  for i = 1, #removed do mine[removed[i]] = true end
   at = 1
   while deadlines and at <= #deadlines do
-    local name, deadline
+    local deadline
     name, deadline, at = struct.unpack('>I4c0I6', deadlines, at)
     expired[name] = deadline <= now
-    if not touched_names[name] then
+    if not mine[name] then
       if deadline > now then
         kept_deadlines[#kept_deadlines + 1] = struct.pack('>I4c0I6', #name, name, deadline)
       else
-        deletes[#deletes + 1] = {name, false, 0}
+        removed[#removed + 1] = name
         take_out(name)
       end
     end
   end
-  for _, set in ipairs(sets) do
-    if set[4] > 0 then
-      kept_deadlines[#kept_deadlines + 1] = struct.pack('>I4c0I6', #set[1], set[1], now + set[4])
-    end
+  for set, milliseconds in pairs(ttls or {}) do
+    kept_deadlines[#kept_deadlines + 1] = struct.pack('>I4c0I6', #set, set, now + milliseconds)
   end
 end
+
+local last_removed = #removed
 
 if after > max_bytes and after > bytes then
   return answer('large', after)
 end
 
 -- Conflicts: strict ones stop the commit, the others are told with what they replaced.
-local conflict, report = {}, {}
-if not base_known or everything or next(changed) then
-  local function look(entry)
-    local name = entry[1]
-    if entry[3] > 0 and (not base_known or everything or changed[name]) then
-      local list = entry[3] == 2 and conflict or report
-      list[#list + 1] = name
-      list[#list + 1] = not expired[name] and redis.call('HGET', session, name)
+local report
+if changed and (not base_known or everything or next(changed)) then
+  local conflict = {}
+  report = {}
+  local function look(field, how)
+    if how and (not base_known or everything or changed[field]) then
+      local list = how == 2 and conflict or report
+      list[#list + 1] = field
+      list[#list + 1] = not (expired and expired[field]) and redis.call('HGET', session, field)
     end
   end
-  for _, set in ipairs(sets) do look(set) end
-  for _, delete in ipairs(deletes) do look(delete) end
+  if checks then
+    for i = SETS, last_set, 2 do look(writes[i], checks[writes[i]]) end
+    for i = 1, #removed do look(removed[i], checks[removed[i]]) end
+  end
   if packed_reads == '*' then
     conflict[#conflict + 1] = '*'
     conflict[#conflict + 1] = false
   else
     at = 1
     while at <= #packed_reads do
-      local name
       name, at = struct.unpack('>I4c0', packed_reads, at)
-      look({name, false, 2})
+      look(name, 2)
     end
   end
   if #conflict > 0 then
-    for _, item in ipairs(report) do conflict[#conflict + 1] = item end
-    return answer_with(conflict, 'conflict', identity, state)
+    local reply = answer('conflict', identity, state)
+    for _, list in ipairs({conflict, report}) do
+      for _, item in ipairs(list) do reply[#reply + 1] = item end
+    end
+    return reply
   end
 end
 
 -- From here on everything is decided; what follows only writes.
 
-local replaced_version, replaced_id = version, last_id
 version = version + 1
-if create then
-  current_digest, created = digest, now
-  absolute_end = absolute > 0 and now + absolute or 0
-end
 
-local metas = {}
-local function put(field, value)
-  metas[#metas + 1] = field
-  metas[#metas + 1] = value
-end
-
-local removed = {}
 local principal_before, lifetime_before, permanent_before = principal, own_lifetime, permanent
 if clear or new_principal ~= '' or new_label ~= '' or new_lifetime ~= '' then
   local function change(field, old, new)
     if clear then old = false end
-    local value = old
-    if new:sub(1, 1) == '=' then value = new:sub(2) elseif new == '-' then value = false end
-    if value and (clear or value ~= old) then put(field, value) end
-    if old and not value then removed[#removed + 1] = field end
-    return value
+    local now_set = old
+    if new:sub(1, 1) == '=' then now_set = new:sub(2) elseif new == '-' then now_set = false end
+    if now_set and (clear or now_set ~= old) then
+      writes[#writes + 1] = field
+      writes[#writes + 1] = now_set
+    end
+    if old and not now_set then removed[#removed + 1] = field end
+    return now_set
   end
   principal = change('@p', principal, new_principal)
   label = change('@l', label, new_label)
@@ -306,16 +313,19 @@ end
 if new_permanent ~= '' then permanent = tonumber(new_permanent) end
 local expiry_changed = create or permanent ~= permanent_before or own_lifetime ~= lifetime_before
 
-if deadlines or ttls then
-  local list = table.concat(kept_deadlines)
-  if list ~= '' then put('@x', list) elseif deadlines then removed[#removed + 1] = '@x' end
+if kept_deadlines then
+  if #kept_deadlines > 0 then
+    writes[#writes + 1] = '@x'
+    writes[#writes + 1] = table.concat(kept_deadlines)
+  elseif deadlines then
+    removed[#removed + 1] = '@x'
+  end
 end
 
 -- Rotation replaces the digest inside the hash; the old one goes to the former ones (G8).
 if new_digest ~= '' and not create then
-  local kept = {}
   local open = in_flight and principal == principal_before
-  kept[1] = struct.pack(FORMER, current_digest, now_us, now + grace, open and 1 or 0)
+  local kept = {struct.pack(FORMER, current_digest, now_us, now + grace, open and 1 or 0)}
   for place = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
     local former, moment, grace_end, may_commit = struct.unpack(FORMER, formers, place)
     if now < grace_end and #kept < 4 then
@@ -323,16 +333,23 @@ if new_digest ~= '' and not create then
     end
   end
   formers = table.concat(kept)
-  put('@f', formers)
   current_digest = new_digest
-elseif clear and formers ~= '' then
-  put('@f', formers)
 end
 if create or clear or new_digest ~= '' then
+  local _, created, absolute_end = nil, now, absolute > 0 and now + absolute or 0
+  if not create then _, _, created, absolute_end = struct.unpack(IDENTITY, identity) end
   identity = struct.pack(IDENTITY, FORMAT, current_digest, created, absolute_end)
-  put('@i', identity)
+  writes[#writes + 1] = '@i'
+  writes[#writes + 1] = identity
+  if formers ~= '' then
+    writes[#writes + 1] = '@f'
+    writes[#writes + 1] = formers
+  end
+  if clear and not create then
+    writes[#writes + 1] = '@c'
+    writes[#writes + 1] = struct.pack('>I4I7', version, now_us)
+  end
 end
-if clear and not create then put('@c', struct.pack('>I4I7', version, now_us)) end
 
 -- Ring and journal drop their older half when they are full, and keep the floor of what is left. A quiet
 -- session keeps them short, so that it stays in the compact encoding (values up to 64 bytes).
@@ -347,27 +364,24 @@ if #ring + 8 > ring_limit then
   local floor = dropped <= before and halved or committed
   ring = struct.pack(RING, floor, committed, keep) .. ring:sub(-8 * keep)
 end
-ring = ring .. write_id
-put('@r', ring)
+writes[4] = ring .. write_id
 
 if create then
-  put('@j', struct.pack('>I4c4', version, write_id))
+  journal = struct.pack('>I4c4', version, write_id)
 else
-  local names, length, most_names = {}, 0, limit / 2 + 16
-  local count = #sets + #deletes
-  for _, list in ipairs({sets, deletes}) do
-    for _, entry in ipairs(list) do
-      length = length + 1 + #entry[1]
-      if length > most_names or #entry[1] > 250 then break end
-      names[#names + 1] = struct.pack('>Bc0', #entry[1], entry[1])
+  local count, entry = (last_set - SETS + 1) / 2 + last_removed, nil
+  if not clear and count < EVERYTHING then
+    local parts, length = {struct.pack('>c4B', write_id, count)}, 0
+    local function note(field)
+      parts[#parts + 1] = struct.pack('>Bc0', #field, field)
+      length = length + 1 + #field
+      if #field > 255 then length = math.huge end
     end
+    for i = SETS, last_set, 2 do note(writes[i]) end
+    for i = 1, last_removed do note(removed[i]) end
+    if length <= limit / 2 + 16 then entry = table.concat(parts) end
   end
-  local entry
-  if clear or #names < count or count >= EVERYTHING or length > most_names then
-    entry = struct.pack('>c4B', write_id, EVERYTHING)
-  else
-    entry = struct.pack('>c4B', write_id, count) .. table.concat(names)
-  end
+  entry = entry or struct.pack('>c4B', write_id, EVERYTHING)
   if #journal + #entry > limit then
     local number, id = struct.unpack('>I4c4', journal)
     local from, most = 9, limit == QUIET and limit or limit / 2
@@ -381,8 +395,9 @@ else
     end
     journal = struct.pack('>I4c4', number, id) .. journal:sub(from)
   end
-  put('@j', journal .. entry)
+  journal = journal .. entry
 end
+writes[6] = journal
 
 -- Emptied key by key it lives on for the grace time: a parallel request may be adding a key (G1).
 local lifetime = own_lifetime and tonumber(own_lifetime) or default_lifetime
@@ -391,21 +406,16 @@ local emptied = fields == 0 and not principal and not create
 if emptied then lifetime = math.min(lifetime, grace) end
 local due = expiry_changed or clear or emptied or fields_before == 0 or now - touched >= touch_interval
 if due then
+  local _, _, _, absolute_end = struct.unpack(IDENTITY, identity)
   touched, ends = now, now + lifetime
   if absolute_end > 0 and absolute_end < ends then ends = absolute_end end
 end
-local any_rare = formers ~= '' or cleared or clear or own_lifetime or principal or label
-  or #kept_deadlines > 0
+local rare = formers ~= '' or cleared or clear or own_lifetime or principal or label
+  or kept_deadlines and #kept_deadlines > 0
 local new_state = struct.pack(STATE, version, write_id, now_us, touched, ends, after, permanent,
-  any_rare and 1 or 0, fields)
+  rare and 1 or 0, fields)
+writes[2] = new_state
 
-local CHUNK = 7000
-local writes = {'@v', new_state}
-for _, item in ipairs(metas) do writes[#writes + 1] = item end
-for _, set in ipairs(sets) do
-  writes[#writes + 1] = set[1]
-  writes[#writes + 1] = set[2]
-end
 if clear and not create then
   -- The out-of-memory check looks at a script's first write alone: an HSET, not the DEL.
   redis.call('HSET', session, '@v', state)
@@ -415,13 +425,14 @@ for first = 1, #writes, CHUNK do
   redis.call('HSET', session, unpack(writes, first, math.min(first + CHUNK - 1, #writes)))
 end
 if not clear then
-  for _, delete in ipairs(deletes) do removed[#removed + 1] = delete[1] end
   for first = 1, #removed, CHUNK do
     redis.call('HDEL', session, unpack(removed, first, math.min(first + CHUNK - 1, #removed)))
   end
 end
 if due then redis.call('PEXPIRE', session, ends - now) end
 
-local replaced = struct.pack('>I4c8', replaced_version, replaced_id)
-return answer_with(report, 'applied',
-  struct.pack(APPLIED, version, replaced, due and 1 or 0, expiry_changed and 1 or 0) .. identity .. new_state)
+local replaced = create and ('\0'):rep(12) or state:sub(1, 12)
+local outcome = struct.pack(APPLIED, version, replaced, due and 1 or 0, expiry_changed and 1 or 0)
+local reply = answer('applied', outcome .. identity .. new_state)
+for _, item in ipairs(report or {}) do reply[#reply + 1] = item end
+return reply
