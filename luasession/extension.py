@@ -64,7 +64,7 @@ def _save_late(_error: BaseException | None) -> None:
     # What a streamed response changed after the session was saved (G15). Nobody is there to be told of a
     # failure any more but the log.
     session = request_ctx._session  # noqa: SLF001 - the public name marks the session as accessed
-    if isinstance(session, LuaSession) and session.used:
+    if isinstance(session, LuaSession) and session.visit.used:
         try:
             session.save_late()
         except Exception:

@@ -52,8 +52,9 @@ class LuaSessionInterface(SessionInterface):
             self.get_cookie_name(app),
             app.config,
             now_ns(),
+            self._notify,
         )
-        return LuaSession(visit, self._config, self._serializer, self._policies, self._notify)
+        return LuaSession(visit, self._serializer, self._policies)
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """Apply the delta and write the cookies that follow from it."""
@@ -66,7 +67,7 @@ class LuaSessionInterface(SessionInterface):
             # them answers is raised again, and Flask makes a 500 of it.
             _replace(response, app.make_response(app.handle_user_exception(error)))
         if self._write_cookies(app, session, response) or session.accessed:
-            if "Vary" in response.headers:
+            if response.headers.getlist("Vary"):
                 response.vary.add("Cookie")
             else:
                 response.headers["Vary"] = "Cookie"

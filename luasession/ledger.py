@@ -7,8 +7,8 @@ from one version, plus what the request itself has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 from . import merge
 from .codec import Serializer, is_immutable
@@ -31,30 +31,43 @@ class Conflict:
         self.policy = policy
 
 
+class Source(Protocol):
+    """Where a ledger's snapshot comes from."""
+
+    @property
+    def now_ms(self) -> int:
+        """The server's clock in milliseconds."""
+
+    def load(self) -> Snapshot | None:
+        """Return the snapshot to work on."""
+
+    def corrupt(self, key: str, error: Exception) -> None:
+        """Take note of a key whose bytes do not decode."""
+
+
 class Ledger:
     """What one request read and changed.
 
-    :param load: returns the snapshot to work on; called once, when something is read.
-    :param corrupt: told of each key whose bytes do not decode, with the error.
+    :param source: asked for the snapshot once, when something is read.
     """
 
-    def __init__(
-        self,
-        load: Callable[[], Snapshot | None],
-        serializer: Serializer,
-        policies: Policies,
-        corrupt: Callable[[str, Exception], None],
-    ) -> None:
-        self._load = load
+    # Defaults stand here, on the class: most requests change none of them.
+    _loaded = False
+    _snapshot: Snapshot | None = None
+    # The moment by which keys with an end of their own are judged, one for the request.
+    _now_ms = 0
+    _base: Pair | None = None
+    _own: tuple[bytes, ...] = ()
+    _read_all = False
+    _corrupt_keys: frozenset[str] = frozenset()
+    cleared = False
+    #: Whether every key that is in conflict stops the commit, whatever its policy.
+    strict = False
+
+    def __init__(self, source: Source, serializer: Serializer, policies: Policies) -> None:
+        self._source = source
         self._serializer = serializer
         self._policies = policies
-        self._corrupt = corrupt
-        self._corrupt_keys: set[str] = set()
-        self._loaded = False
-        self._snapshot: Snapshot | None = None
-        self._now_ms = 0
-        self._base: Pair | None = None
-        self._own: tuple[bytes, ...] = ()
         # Live values: what was read, and what was set.
         self._values: dict[str, Any] = {}
         # Of the mutable ones that came from the snapshot: the bytes that they had.
@@ -64,24 +77,28 @@ class Ledger:
         self._deletes: set[str] = set()
         # Keys whose stored value, or absence, this request knows of.
         self._reads: set[str] = set()
-        self._read_all = False
-        self.cleared = False
-        #: Whether every key that is in conflict stops the commit, whatever its policy.
-        self.strict = False
+
+    def afresh(self) -> Ledger:
+        """Return an empty one of the same sort."""
+        ledger = Ledger(self._source, self._serializer, self._policies)
+        ledger.strict = self.strict
+        return ledger
 
     # -- reading ------------------------------------------------------------
 
     def snapshot(self) -> Snapshot | None:
         """Return the snapshot, loading it at the first time."""
         if not self._loaded:
-            self.start_from(self._load())
+            self.start_from(self._source.load())
         return self._snapshot
 
     def start_from(self, snapshot: Snapshot | None) -> None:
         """Work on this snapshot, and load none."""
-        self._snapshot = snapshot
-        self._base = snapshot.pair if snapshot else None
         self._loaded = True
+        if snapshot is not None:
+            self._snapshot = snapshot
+            self._base = snapshot.pair
+            self._now_ms = self._source.now_ms
 
     @property
     def position(self) -> tuple[Pair | None, tuple[bytes, ...]]:
@@ -93,10 +110,6 @@ class Ledger:
     def loaded(self) -> Snapshot | None:
         """The snapshot, if one has been loaded."""
         return self._snapshot
-
-    def tick(self, now_ms: int) -> None:
-        """Set the moment by which keys with an end of their own are judged, once for the request."""
-        self._now_ms = now_ms
 
     def get(self, key: str) -> Any:
         """Return a value.
@@ -114,8 +127,8 @@ class Ledger:
             value = self._serializer.loads(raw)
         except Exception as error:
             if key not in self._corrupt_keys:
-                self._corrupt_keys.add(key)
-                self._corrupt(key, error)
+                self._corrupt_keys |= {key}
+                self._source.corrupt(key, error)
             raise KeyError(key) from error
         self._values[key] = value
         if not is_immutable(value):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +23,9 @@ if TYPE_CHECKING:
     from blinker import NamedSignal
 
     from .codec import Serializer
-    from .config import Config
     from .policy import Policies
     from .snapshot import Snapshot
     from .visit import Visit
-
-_log = logging.getLogger("luasession")
 
 # Merge rounds go on until the deadline, but never fewer than that.
 _ROUNDS = 64
@@ -49,13 +44,10 @@ class LuaSession(SessionMixin):
     """
 
     # Defaults stand here, on the class: most requests change none of them.
-    _used = False
     _modified: bool | None = None
     _committed = False
     _created = False
-    _strict = False
     _saved = False
-    _failed = False
     _destroyed = False
     _rotation: Rotation | None = None
     _permanent: bool | None = None
@@ -63,48 +55,13 @@ class LuaSession(SessionMixin):
     _principal: Change | None = None
     _label: Change | None = None
 
-    def __init__(
-        self,
-        visit: Visit,
-        config: Config,
-        serializer: Serializer,
-        policies: Policies,
-        notify: Callable[..., None],
-    ) -> None:
+    def __init__(self, visit: Visit, serializer: Serializer, policies: Policies) -> None:
         self._visit = visit
-        self._config = config
-        self._serializer = serializer
-        self._policies = policies
-        self._notify = notify
+        self._ledger = Ledger(visit, serializer, policies)
 
     def _start(self) -> None:
         self._rotation = self._permanent = self._lifetime = self._principal = self._label = None
-        self.__dict__.pop("_ledger", None)
-
-    @cached_property
-    def _ledger(self) -> Ledger:
-        # Made when the session is first used: most requests for static files never use it.
-        ledger = Ledger(self._load, self._serializer, self._policies, self._corrupt)
-        ledger.strict = self._strict
-        return ledger
-
-    def _load(self) -> Snapshot | None:
-        self._used = True
-        if self._destroyed:
-            return None
-        try:
-            snapshot = self._visit.load()
-        except Exception:
-            # What could not be read cannot be built on: nothing of this request is stored.
-            self._failed = True
-            raise
-        self._ledger.tick(self._visit.now_ms)
-        return snapshot
-
-    def _corrupt(self, key: str, error: Exception) -> None:
-        kind = type(error).__name__
-        _log.warning("session %s: the value of %r does not decode: %s", self._handle, key, kind)
-        self._notify(signals.session_corrupt, handle=self._handle, key=key, error=error)
+        self._ledger = self._ledger.afresh()
 
     @property
     def _handle(self) -> str | None:
@@ -119,7 +76,7 @@ class LuaSession(SessionMixin):
         self.set(key, value)
 
     def __delitem__(self, key: str) -> None:
-        self._used = True
+        self._visit.used = True
         self._ledger.delete(key)
 
     def __iter__(self) -> Iterator[str]:
@@ -145,8 +102,9 @@ class LuaSession(SessionMixin):
         if not isinstance(key, str):
             raise TypeError(f"a session key must be a str, not {type(key).__name__}: {key!r}")
         ttl_ms = 0 if ttl is None else _milliseconds(ttl, "ttl", at_least=1)
-        self._used = True
-        self._may_still_start()
+        self._visit.used = True
+        if self._saved:
+            self._may_still_start()
         self._ledger.set(key, value, ttl_ms)
 
     def clear(self) -> None:
@@ -154,9 +112,9 @@ class LuaSession(SessionMixin):
 
         With nothing set after it the session is destroyed at the end of the request.
         """
-        self._used = True
+        self._visit.used = True
         self._ledger.clear()
-        self._permanent = self._config.permanent
+        self._permanent = self._visit.config.permanent
         self._lifetime = 0
         self._principal = self._label = Change(None)
 
@@ -216,11 +174,11 @@ class LuaSession(SessionMixin):
         """Whether the browser keeps the session over its own end."""
         if self._permanent is not None:
             return self._permanent
-        return self._snapshot.permanent if self._snapshot else self._config.permanent
+        return self._snapshot.permanent if self._snapshot else self._visit.config.permanent
 
     @permanent.setter
     def permanent(self, value: bool) -> None:
-        self._used = True
+        self._visit.used = True
         self._permanent = bool(value)
 
     @property
@@ -234,7 +192,7 @@ class LuaSession(SessionMixin):
 
     @lifetime.setter
     def lifetime(self, value: float | timedelta | None) -> None:
-        self._used = True
+        self._visit.used = True
         self._lifetime = 0 if value is None else _milliseconds(value, "lifetime", at_least=1)
 
     @property
@@ -246,7 +204,7 @@ class LuaSession(SessionMixin):
 
     @principal.setter
     def principal(self, value: str | None) -> None:
-        self._used = True
+        self._visit.used = True
         self._principal = Change(_text(value, "principal"))
         if value is not None:
             self._may_still_start()
@@ -260,7 +218,7 @@ class LuaSession(SessionMixin):
 
     @label.setter
     def label(self, value: str | None) -> None:
-        self._used = True
+        self._visit.used = True
         self._label = Change(_text(value, "label"))
 
     # -- what is done to the session ----------------------------------------
@@ -274,9 +232,9 @@ class LuaSession(SessionMixin):
         :param in_flight: whether requests that are open now may still commit.
         :raise RuntimeError: once the response has been sent.
         """
-        if self._saved and not self._failed:
+        if self._saved and not self._visit.failed:
             raise RuntimeError("the response has been sent: the session id cannot be replaced any more")
-        self._used = True
+        self._visit.used = True
         self._rotation = Rotation(in_flight and (self._rotation is None or self._rotation.in_flight))
 
     def destroy(self) -> None:
@@ -284,8 +242,9 @@ class LuaSession(SessionMixin):
 
         What is set afterwards starts a new session.
         """
-        self._used = True
+        self._visit.used = True
         self._start()
+        self._ledger.start_from(None)
         self._destroyed = True
 
     def commit(self) -> None:
@@ -303,11 +262,9 @@ class LuaSession(SessionMixin):
 
         Values that were handed out before are detached: changing them has no effect.
         """
-        self._used = True
         self._destroyed = False
         self._start()
         self._ledger.start_from(self._visit.reload())
-        self._ledger.tick(self._visit.now_ms)
 
     def atomic_update(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
         """Replace a value by what a function makes of it, exactly, under any concurrency.
@@ -353,11 +310,6 @@ class LuaSession(SessionMixin):
     # -- the end of the request, for the interface --------------------------
 
     @property
-    def used(self) -> bool:
-        """Whether this request has read or changed anything."""
-        return self._used
-
-    @property
     def visit(self) -> Visit:
         """What this request has had to do with the store."""
         return self._visit
@@ -370,13 +322,14 @@ class LuaSession(SessionMixin):
         :raise TypeError: if a value is of a type that cannot be stored.
         """
         self._saved = True
-        if self._failed or not self._used:
-            self._visit.close()
+        visit = self._visit
+        if visit.failed or not visit.used:
+            visit.close()
             return
         try:
             refused = self._apply()
         except Exception:
-            self._failed = True
+            self._visit.failed = True
             raise
         finally:
             # The response goes out now: an id made later would never reach the browser.
@@ -388,7 +341,7 @@ class LuaSession(SessionMixin):
 
     def save_late(self) -> None:
         """Apply what was changed after :meth:`save`, while the response was sent (G15)."""
-        if self._saved and not self._failed and self._may_have_changed() and self._ledger.changed():
+        if self._saved and not self._visit.failed and self._may_have_changed() and self._ledger.changed():
             self.save()
 
     def _may_have_changed(self) -> bool:
@@ -405,7 +358,7 @@ class LuaSession(SessionMixin):
 
     def _may_still_start(self) -> None:
         # After a failure nothing is stored anyway, and an error handler that flashes must not fail over it.
-        if self._saved and not self._failed and self._visit.id is None:
+        if self._saved and not self._visit.failed and self._visit.id is None:
             raise RuntimeError("the response has been sent: a session cannot be started any more")
 
     def _apply(self) -> Refused | None:
@@ -425,7 +378,7 @@ class LuaSession(SessionMixin):
         handle = self._handle
         self._committed = True
         if self._visit.destroy():
-            self._notify(signals.session_destroyed, handle=handle)
+            self._visit.notify(signals.session_destroyed, handle=handle)
         self._destroyed = False
         if self._ledger.cleared:
             self._start()
@@ -473,7 +426,7 @@ class LuaSession(SessionMixin):
         for rounds in count(1):
             delta = resolve(delta, result)
             self._visit.count("merges")
-            if rounds >= _ROUNDS and time.monotonic() - started > self._config.redis_deadline:
+            if rounds >= _ROUNDS and time.monotonic() - started > self._visit.config.redis_deadline:
                 raise SessionConflict([key for name in result.current if (key := session_key(name))])
             time.sleep(random.uniform(0, longest))  # noqa: S311 - jitter, no secret
             longest = min(longest * 2, _LONGEST_PAUSE)
@@ -538,14 +491,14 @@ class LuaSession(SessionMixin):
         if delta.label:
             self._label = None
         signal: NamedSignal = signals.session_created if created else signals.session_committed
-        self._notify(signal, handle=self._handle, version=applied.version)
+        self._visit.notify(signal, handle=self._handle, version=applied.version)
         if delta.rotation:
-            self._notify(signals.session_rotated, handle=self._handle, version=applied.version)
+            self._visit.notify(signals.session_rotated, handle=self._handle, version=applied.version)
 
     def _report(self, conflicts: Iterable[Conflict], *, refused: bool) -> None:
         for conflict in conflicts:
             self._visit.count("conflicts")
-            self._notify(
+            self._visit.notify(
                 signals.session_conflict,
                 handle=self._handle,
                 key=conflict.key,
@@ -558,7 +511,7 @@ class LuaSession(SessionMixin):
 
     def _discard(self, refused: Refused) -> None:
         self._visit.count("discards")
-        self._notify(
+        self._visit.notify(
             signals.session_discarded, handle=self._visit.presented_handle, reason=refused.standing.value
         )
         self._start()

@@ -7,12 +7,14 @@ deltas; the interface turns what the visit knows at the end into cookies.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from . import signals
 from .config import Config, idle_lifetime
 from .delta import Delta
 from .errors import SessionUnavailable
@@ -23,6 +25,8 @@ from .store import Caller, Store
 
 if TYPE_CHECKING:
     from flask.wrappers import Request
+
+_log = logging.getLogger("luasession")
 
 # Digits of the largest version that a hint may name.
 _HINT_DIGITS = 10
@@ -36,6 +40,7 @@ class Visit:
     :param name: the name of the id cookie.
     :param settings: the app's config, for ``PERMANENT_SESSION_LIFETIME``, which may change late.
     :param opened: the monotonic nanosecond at which the request opened its session.
+    :param notify: sends a signal.
     """
 
     # Defaults stand here, on the class: most requests change none of them.
@@ -61,6 +66,10 @@ class Visit:
     seen: Snapshot | None = None
     #: Whether this request ended the session: its cookies have to go.
     ended = False
+    #: Whether this request has read or changed anything.
+    used = False
+    #: Whether it could not read what there is: nothing of it is stored, as nothing can be built on that.
+    failed = False
 
     def __init__(
         self,
@@ -70,12 +79,16 @@ class Visit:
         name: str,
         settings: Mapping[str, Any],
         opened: int,
+        notify: Callable[..., None],
     ) -> None:
         self._store = store
-        self._config = config
+        #: The app's configuration.
+        self.config = config
         self._request: Request | None = request
         self._settings = settings
         self._opened = opened
+        #: Sends a signal.
+        self.notify = notify
         #: The name of the id cookie.
         self.name = name
 
@@ -115,7 +128,7 @@ class Visit:
         found: dict[str, str] = {}
         for suffix, value in _cookies(self.name).findall(header):
             found.setdefault(suffix, value.strip())
-        self._id = parse_session_id(found.get("", ""), self._config.id_length)
+        self._id = parse_session_id(found.get("", ""), self.config.id_length)
         if self._id is None:
             self.standing = Standing.MISSING
             return
@@ -130,7 +143,9 @@ class Visit:
         :raise SessionUnavailable: if Redis does not answer within the deadline.
         :raise CorruptSession: if what is stored is not a session of a known format.
         """
-        self._open()
+        self.used = True
+        if self._request is not None:
+            self._open()
         if self._id is None or self.standing in _ABSENT:
             return None
         if not self._others_hint and self.standing is None:
@@ -139,11 +154,17 @@ class Visit:
                 self.standing = Standing.LIVE
                 self.seen = snapshot
                 return snapshot
-        return self.reload()
+        try:
+            return self.reload()
+        except Exception:
+            self.failed = True
+            raise
 
     def reload(self) -> Snapshot | None:
         """Return the session as Redis has it now."""
-        self._open()
+        self.used = True
+        if self._request is not None:
+            self._open()
         if self._id is None or self.standing in _ABSENT:
             return None
         loaded = self._store.load(self._id, self.caller)
@@ -168,7 +189,7 @@ class Visit:
             return Refused(self.standing)
         if self._id is None or self.standing is Standing.MISSING:
             return self.create(delta)
-        rotate_to = self._id.rotated(self._config.id_length) if delta.rotation else None
+        rotate_to = self._id.rotated(self.config.id_length) if delta.rotation else None
         result = self._store.commit(self._id, delta, self.caller, rotate_to=rotate_to)
         if isinstance(result, Applied):
             self.standing = Standing.FORMER if result.former else Standing.LIVE
@@ -191,8 +212,8 @@ class Visit:
         if not delta.creates or self._closed:
             return Refused(Standing.MISSING)
         if delta.permanent is None:
-            delta = delta._replace(permanent=self._config.permanent)
-        session_id = new_session_id(self._config.id_length)
+            delta = delta._replace(permanent=self.config.permanent)
+        session_id = new_session_id(self.config.id_length)
         self._hint = 0
         result = self._store.create(session_id, delta, self.caller)
         if isinstance(result, Refused):
@@ -221,7 +242,7 @@ class Visit:
         """
         if self._touched or self.standing is not Standing.LIVE or self._id is None:
             return
-        interval = self._config.touch_ms(snapshot.lifetime_ms or self.caller.lifetime_ms)
+        interval = self.config.touch_ms(snapshot.lifetime_ms or self.caller.lifetime_ms)
         if self.now_ms - snapshot.touched_ms < interval:
             return
         try:
@@ -230,6 +251,12 @@ class Visit:
             return
         self.seen = loaded.snapshot or self.seen
         self._note_touch(loaded.touched)
+
+    def corrupt(self, key: str, error: Exception) -> None:
+        """Log a key whose bytes do not decode, and send ``session_corrupt``."""
+        handle = self.presented_handle
+        _log.warning("session %s: the value of %r does not decode: %s", handle, key, type(error).__name__)
+        self.notify(signals.session_corrupt, handle=handle, key=key, error=error)
 
     def close(self) -> None:
         """Start no session any more: the response is on its way."""
