@@ -106,10 +106,10 @@ class LuaSessionInterface(SessionInterface):
         visit = session.visit
         if not (visit.ended or visit.issued or visit.made or visit.refreshed or visit.expiry_changed):
             return False
-        name = self.get_cookie_name(app)
+        name = visit.name
         caching = self._config.cache_ttl is not None
         attributes = self._attributes(app)
-        others = response.headers.getlist("Set-Cookie")
+        others = response.headers.getlist("Set-Cookie") if visit.issued else []
         if visit.ended:
             for cookie in (name, f"{name}_v", f"{name}_o") if caching else (name,):
                 response.delete_cookie(cookie, **attributes)

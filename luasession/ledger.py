@@ -200,13 +200,18 @@ class Ledger:
         sets: dict[bytes, Put] = {}
         for key, ttl_ms in self._sets.items():
             raw = self._encode(key, self._values[key])
-            if ttl_ms or not self._is_stored(key, raw):
+            if key not in self._reads:
+                sets[field_name(key)] = Put(raw, Check.NONE, ttl_ms)
+            elif ttl_ms or not self._is_stored(key, raw):
                 sets[field_name(key)] = Put(raw, self._check(key), ttl_ms)
         for key, given in self._given.items():
             raw = self._encode(key, self._values[key])
             if raw != given and raw != self._again(key, given):
                 sets[field_name(key)] = Put(raw, self._check(key), self._remaining(key))
-        deletes = {field_name(key): self._check(key) for key in self._deletes if self._may_hold(key)}
+        deletes: dict[bytes, Check] = {}
+        for key in self._deletes:
+            if self._may_hold(key):
+                deletes[field_name(key)] = self._check(key)
         delta = Delta(self._base, self._own, sets, deletes, cleared=self.cleared)
         if self._policies.serializable and self._base is not None and delta:
             changed = sets.keys() | deletes.keys()
@@ -278,7 +283,7 @@ class Ledger:
 
     def _is_stored(self, key: str, raw: bytes) -> bool:
         # Set to the value that it has, as read in this request: no change (G2).
-        if self.cleared or key not in self._reads or self._snapshot is None:
+        if self.cleared or self._snapshot is None:
             return False
         name = field_name(key)
         stored = self._snapshot.value(name, self._now_ms)
@@ -412,16 +417,20 @@ class Ledger:
             self._base, self._own = applied.version.to_bytes(4) + applied.write_id, ()
         elif self._base is not None:
             self._own = (*self._own, applied.write_id)
-        for name in sent.sets.keys() | sent.deletes.keys():
+        for name in sent.deletes:
+            self._forget_stored(session_key(name) or "")
+        for name, put in sent.sets.items():
             key = session_key(name) or ""
-            put = sent.sets.get(name)
+            if put is not ours.sets.get(name):
+                self._forget_stored(key)
+                continue
             self._sets.pop(key, None)
-            self._deletes.discard(key)
-            if put is None or put is not ours.sets.get(name):
-                # Deleted, or merged with what somebody else stored: it is read afresh.
-                self._values.pop(key, None)
-                self._given.pop(key, None)
-            elif not is_immutable(self._values[key]):
+            if not is_immutable(self._values[key]):
                 self._given[key] = put.value
         if sent.cleared:
             self.cleared = False
+
+    def _forget_stored(self, key: str) -> None:
+        # Deleted, or merged with what somebody else stored: it is read afresh.
+        self._deletes.discard(key)
+        self.forget(key)

@@ -49,18 +49,15 @@ class LuaSession(SessionMixin):
     _created = False
     _saved = False
     _destroyed = False
-    _rotation: Rotation | None = None
-    _permanent: bool | None = None
-    _lifetime: int | None = None
-    _principal: Change | None = None
-    _label: Change | None = None
 
     def __init__(self, visit: Visit, serializer: Serializer, policies: Policies) -> None:
         self._visit = visit
         self._ledger = Ledger(visit, serializer, policies)
+        # What changes about the session beside its keys, by the names of the delta.
+        self._changes: dict[str, Any] = {}
 
     def _start(self) -> None:
-        self._rotation = self._permanent = self._lifetime = self._principal = self._label = None
+        self._changes = {}
         self._ledger = self._ledger.afresh()
 
     @property
@@ -114,9 +111,12 @@ class LuaSession(SessionMixin):
         """
         self._visit.used = True
         self._ledger.clear()
-        self._permanent = self._visit.config.permanent
-        self._lifetime = 0
-        self._principal = self._label = Change(None)
+        self._changes |= {
+            "permanent": self._visit.config.permanent,
+            "lifetime_ms": 0,
+            "principal": Change(None),
+            "label": Change(None),
+        }
 
     # -- attributes ---------------------------------------------------------
 
@@ -159,11 +159,7 @@ class LuaSession(SessionMixin):
         """
         if self._modified is not None:
             return self._modified
-        pending = any(
-            change is not None
-            for change in (self._rotation, self._permanent, self._lifetime, self._principal, self._label)
-        )
-        return self._committed or self._destroyed or pending or self._ledger.changed()
+        return self._committed or self._destroyed or bool(self._changes) or self._ledger.changed()
 
     @modified.setter
     def modified(self, value: bool) -> None:
@@ -172,14 +168,14 @@ class LuaSession(SessionMixin):
     @property
     def permanent(self) -> bool:
         """Whether the browser keeps the session over its own end."""
-        if self._permanent is not None:
-            return self._permanent
+        if "permanent" in self._changes:
+            return bool(self._changes["permanent"])
         return self._snapshot.permanent if self._snapshot else self._visit.config.permanent
 
     @permanent.setter
     def permanent(self, value: bool) -> None:
         self._visit.used = True
-        self._permanent = bool(value)
+        self._changes["permanent"] = bool(value)
 
     @property
     def lifetime(self) -> timedelta | None:
@@ -187,39 +183,44 @@ class LuaSession(SessionMixin):
 
         Takes seconds too.
         """
-        stored = self._snapshot.lifetime_ms if self._lifetime is None and self._snapshot else self._lifetime
-        return timedelta(milliseconds=stored) if stored else None
+        lifetime_ms = self._changes.get("lifetime_ms")
+        if lifetime_ms is None and self._snapshot:
+            lifetime_ms = self._snapshot.lifetime_ms
+        return timedelta(milliseconds=lifetime_ms) if lifetime_ms else None
 
     @lifetime.setter
     def lifetime(self, value: float | timedelta | None) -> None:
         self._visit.used = True
-        self._lifetime = 0 if value is None else _milliseconds(value, "lifetime", at_least=1)
+        lifetime_ms = 0 if value is None else _milliseconds(value, "lifetime", at_least=1)
+        self._changes["lifetime_ms"] = lifetime_ms
 
     @property
     def principal(self) -> str | None:
         """The user that the session belongs to, for "log out everywhere"."""
-        if self._principal:
-            return self._principal.value
+        change: Change | None = self._changes.get("principal")
+        if change:
+            return change.value
         return self._snapshot.principal if self._snapshot else None
 
     @principal.setter
     def principal(self, value: str | None) -> None:
         self._visit.used = True
-        self._principal = Change(_text(value, "principal"))
+        self._changes["principal"] = Change(_text(value, "principal"))
         if value is not None:
             self._may_still_start()
 
     @property
     def label(self) -> str | None:
         """What the app calls this session, say the name of a device."""
-        if self._label:
-            return self._label.value
+        change: Change | None = self._changes.get("label")
+        if change:
+            return change.value
         return self._snapshot.label if self._snapshot else None
 
     @label.setter
     def label(self, value: str | None) -> None:
         self._visit.used = True
-        self._label = Change(_text(value, "label"))
+        self._changes["label"] = Change(_text(value, "label"))
 
     # -- what is done to the session ----------------------------------------
 
@@ -235,7 +236,8 @@ class LuaSession(SessionMixin):
         if self._saved and not self._visit.failed:
             raise RuntimeError("the response has been sent: the session id cannot be replaced any more")
         self._visit.used = True
-        self._rotation = Rotation(in_flight and (self._rotation is None or self._rotation.in_flight))
+        before: Rotation | None = self._changes.get("rotation")
+        self._changes["rotation"] = Rotation(in_flight and (before is None or before.in_flight))
 
     def destroy(self) -> None:
         """End the session on the server and in the browser, at the end of the request.
@@ -297,7 +299,10 @@ class LuaSession(SessionMixin):
 
         given = self.get(key, default)
         try:
-            delta, result = self._send(stored_on(given, *self._ledger.position), again)
+            delta = stored_on(given, *self._ledger.position)
+            result = self._visit.commit(delta)
+            if isinstance(result, Conflicting):
+                delta, result = self._again(delta, result, again)
         except Exception:
             self._ledger.forget(key)
             raise
@@ -346,15 +351,7 @@ class LuaSession(SessionMixin):
 
     def _may_have_changed(self) -> bool:
         # The cheap half of the question: what only reads is through with it here.
-        return (
-            self._ledger.may_have_changed()
-            or self._destroyed
-            or self._rotation is not None
-            or self._permanent is not None
-            or self._lifetime is not None
-            or self._principal is not None
-            or self._label is not None
-        )
+        return self._ledger.may_have_changed() or self._destroyed or bool(self._changes)
 
     def _may_still_start(self) -> None:
         # After a failure nothing is stored anyway, and an error handler that flashes must not fail over it.
@@ -386,23 +383,19 @@ class LuaSession(SessionMixin):
 
     def _delta(self) -> Delta:
         delta = self._ledger.delta()
-        exists = self._visit.id is not None
-        attributes: dict[str, Any] = {
-            "rotation": self._rotation if exists else None,
-            "permanent": self._permanent,
-            "lifetime_ms": self._lifetime,
-            "principal": self._principal,
-            "label": self._label,
-        }
-        # Never blind: set to what is stored, they change nothing. What rides on other changes anyway need
-        # not be compared, except for the principal, whose index entry moves with it.
-        if exists and not delta.cleared and (self._principal or not delta):
-            self._drop_unchanged(attributes)
-        changes = {name: value for name, value in attributes.items() if value is not None}
-        return delta._replace(**changes) if changes else delta
+        if not self._changes:
+            return delta
+        changes = dict(self._changes)
+        if self._visit.id is None:
+            changes.pop("rotation", None)
+        elif not delta.cleared and ("principal" in changes or not delta):
+            # Never blind: set to what is stored, they change nothing. What rides on other changes anyway
+            # need not be compared, except for the principal, whose index entry moves with it.
+            self._drop_unchanged(changes)
+        return delta._replace(**changes)
 
-    def _drop_unchanged(self, attributes: dict[str, Any]) -> None:
-        if all(value is None for value in attributes.values()) or (snapshot := self._snapshot) is None:
+    def _drop_unchanged(self, changes: dict[str, Any]) -> None:
+        if (snapshot := self._snapshot) is None:
             return
         stored = {
             "permanent": snapshot.permanent,
@@ -411,28 +404,26 @@ class LuaSession(SessionMixin):
             "label": Change(snapshot.label),
         }
         for name, value in stored.items():
-            if attributes[name] == value:
-                attributes[name] = None
+            if changes.get(name) == value:
+                del changes[name]
 
-    def _send(
-        self, delta: Delta, resolve: Callable[[Delta, Conflicting], Delta]
+    def _again(
+        self, delta: Delta, conflicting: Conflicting, resolve: Callable[[Delta, Conflicting], Delta]
     ) -> tuple[Delta, Applied | Refused]:
-        """Commit, again and again with what is made of each conflict."""
-        result = self._visit.commit(delta)
-        if not isinstance(result, Conflicting):
-            return delta, result
+        """Commit with what is made of a conflict, until there is none any more."""
         started = time.monotonic()
         longest = _FIRST_PAUSE
         for rounds in count(1):
-            delta = resolve(delta, result)
+            delta = resolve(delta, conflicting)
             self._visit.count("merges")
             if rounds >= _ROUNDS and time.monotonic() - started > self._visit.config.redis_deadline:
-                raise SessionConflict([key for name in result.current if (key := session_key(name))])
+                raise SessionConflict([key for name in conflicting.current if (key := session_key(name))])
             time.sleep(random.uniform(0, longest))  # noqa: S311 - jitter, no secret
             longest = min(longest * 2, _LONGEST_PAUSE)
             result = self._visit.commit(delta)
             if not isinstance(result, Conflicting):
                 return delta, result
+            conflicting = result
         raise AssertionError("unreachable")
 
     def _commit(self, ours: Delta) -> Refused | None:
@@ -448,7 +439,9 @@ class LuaSession(SessionMixin):
             conflicts.update({conflict.key: conflict for conflict in found})
             return merged
 
-        delta, result = self._send(ours, resolve)
+        delta, result = ours, self._visit.commit(ours)
+        if isinstance(result, Conflicting):
+            delta, result = self._again(ours, result, resolve)
         if isinstance(result, Refused):
             if result.standing is Standing.STALE and ours.rotation:
                 return self._own_session(ours, result)
@@ -480,16 +473,10 @@ class LuaSession(SessionMixin):
         self._committed = True
         self._created = self._created or created
         self._ledger.settle(ours, delta, applied, created=created)
-        if delta.rotation:
-            self._rotation = None
-        if delta.permanent is not None:
-            self._permanent = None
-        if delta.lifetime_ms is not None:
-            self._lifetime = None
-        if delta.principal:
-            self._principal = None
-        if delta.label:
-            self._label = None
+        if self._changes:
+            self._changes = {
+                name: change for name, change in self._changes.items() if getattr(delta, name) is None
+            }
         signal: NamedSignal = signals.session_created if created else signals.session_committed
         self._visit.notify(signal, handle=self._handle, version=applied.version)
         if delta.rotation:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .cache import SnapshotCache
-from .client import Argument, Client, Patience, connect
+from .client import Client, Patience, connect
 from .config import Config
 from .delta import Change, Delta
 from .errors import CorruptSession, SessionTooLarge, SessionUnavailable
@@ -142,14 +142,14 @@ class Store:
         here = self._here
         lifetime_ms = (base and base.lifetime_ms) or caller.lifetime_ms
 
-        def arguments(age: int, _resend: int) -> tuple[Argument, ...]:
+        def arguments(age: int, _resend: int) -> tuple[bytes, ...]:
             return (
                 digest,
-                age,
+                b"%d" % age,
                 base.pair if base else b"",
-                caller.lifetime_ms,
-                self._config.touch_ms(lifetime_ms),
-                self._config.grace_ms,
+                b"%d" % caller.lifetime_ms,
+                b"%d" % self._config.touch_ms(lifetime_ms),
+                b"%d" % self._config.grace_ms,
             )
 
         sent, (code, _id, _now, *rest) = self._run(
@@ -234,7 +234,7 @@ class Store:
         )
         packed = pack_delta(delta, rotate_to.digest if rotate_to else b"")
 
-        def arguments(age: int, resend: int) -> tuple[Argument, ...]:
+        def arguments(age: int, resend: int) -> tuple[bytes, ...]:
             return (digest, age.to_bytes(7) + resend.to_bytes(7) + numbers, *packed)
 
         here = self._here
@@ -326,8 +326,8 @@ class Store:
         """
         wanted = b"" if principal is None else pack_change(Change(principal))
 
-        def arguments(_age: int, resend: int) -> tuple[Argument, ...]:
-            return (digest, resend, self._config.grace_ms, wanted, int(always))
+        def arguments(_age: int, resend: int) -> tuple[bytes, ...]:
+            return (digest, b"%d" % resend, b"%d" % self._config.grace_ms, wanted, b"%d" % always)
 
         _sent, (code, *_) = self._run("destroy", handle, new_write_id(), caller, arguments, self._wait)
         self._here.cache.drop(handle)
@@ -398,7 +398,7 @@ class Store:
         handle: str,
         call_id: bytes,
         caller: Caller,
-        arguments: Callable[[int, int], tuple[Argument, ...]],
+        arguments: Callable[[int, int], tuple[bytes, ...]],
         wait: tuple[int, int] | None = None,
     ) -> tuple[int, list[Any]]:
         """Run a script, and return when it was sent, and its reply.
@@ -410,7 +410,7 @@ class Store:
         text = script(name)
         key = self._key(handle)
 
-        def words(sent: int, first: int, known: bool) -> tuple[Argument, ...]:
+        def words(sent: int, first: int, known: bool) -> tuple[bytes, ...]:
             if not known:
                 self._here.stats.add("script_reloads")
             how = (b"EVALSHA", text.sha) if known else (b"EVAL", text.text)

@@ -184,7 +184,8 @@ class Visit:
         :raise SessionTooLarge: if the session would outgrow ``SESSION_MAX_BYTES``.
         :raise SessionUnavailable: if Redis does not answer within the deadline.
         """
-        self._open()
+        if self._request is not None:
+            self._open()
         if self.standing in _ENDED:
             return Refused(self.standing)
         if self._id is None or self.standing is Standing.MISSING:
@@ -275,7 +276,7 @@ class Visit:
         if not applied.former:
             self.refreshed = self.refreshed or applied.touched
             self.expiry_changed = self.expiry_changed or applied.expiry_changed
-            self.seen = Snapshot(applied.identity, applied.state, {})
+            self.seen = applied.snapshot or Snapshot(applied.identity, applied.state, {})
         # The hint, as RFC 6265 cookies go, may be overtaken by an older answer's. So whoever commits on
         # top of a version that his browser had not seen made asks everybody to confirm for a while (G9).
         if applied.version != self._hint + 1:
