@@ -70,7 +70,7 @@ class LuaSessionInterface(SessionInterface):
             if response.headers.getlist("Vary"):
                 response.vary.add("Cookie")
             else:
-                response.headers["Vary"] = "Cookie"
+                response.headers.add("Vary", "Cookie")
 
     def regenerate(self, session: LuaSession) -> None:
         """Rotate the id of a session, as Flask-Session's interface does."""

@@ -12,25 +12,23 @@ def pack_delta(delta: Delta, new_digest: bytes) -> list[bytes]:
     """
     arguments = [
         delta.base or b"",
-        b"".join([own[:4] for own in delta.own]),
+        b"".join([own[:4] for own in delta.own]) if delta.own else b"",
         _pack_sets(delta),
-        b"".join([check.to_bytes(1) + _pack_name(name) for name, check in delta.deletes.items()]),
+        _pack_deletes(delta) if delta.deletes else b"",
         b"*" if delta.reads is None else b"".join([_pack_name(name) for name in delta.reads]),
         new_digest,
         b"" if delta.permanent is None else b"%d" % delta.permanent,
         b"" if delta.lifetime_ms is None else b"%d" % delta.lifetime_ms,
-        pack_change(delta.principal),
-        pack_change(delta.label),
+        pack_change(delta.principal) if delta.principal else b"",
+        pack_change(delta.label) if delta.label else b"",
     ]
     while arguments and not arguments[-1]:  # what changes rarely stands last, and may be left out
         arguments.pop()
     return arguments
 
 
-def pack_change(change: Change | None) -> bytes:
-    """Return a text or its removal, nothing for no change."""
-    if change is None:
-        return b""
+def pack_change(change: Change) -> bytes:
+    """Return a text or its removal."""
     if change.value is None:
         return b"-"
     return b"=" + change.value.encode("utf-8", "surrogatepass")
@@ -40,13 +38,13 @@ def _pack_name(name: bytes) -> bytes:
     return len(name).to_bytes(4) + name
 
 
+def _pack_deletes(delta: Delta) -> bytes:
+    return b"".join([check.to_bytes(1) + _pack_name(name) for name, check in delta.deletes.items()])
+
+
 def _pack_sets(delta: Delta) -> bytes:
     parts: list[bytes] = []
     for name, (value, check, ttl_ms) in delta.sets.items():
-        parts += (
-            check.to_bytes(1) + ttl_ms.to_bytes(6) + len(name).to_bytes(4),
-            name,
-            len(value).to_bytes(4),
-            value,
-        )
+        head = b"%c%b%b%b" % (check, ttl_ms.to_bytes(6), len(name).to_bytes(4), name)
+        parts += (head, len(value).to_bytes(4), value)
     return b"".join(parts)

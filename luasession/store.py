@@ -67,13 +67,9 @@ class Store:
         # touched in the child. The hook holds the store weakly, as there is no way to take it back.
         os.register_at_fork(after_in_child=_starter_afresh(weakref.ref(self)))
         replicas = config.wait_replicas
-        self._numbers = b"".join(
-            (
-                (config.absolute_ms or 0).to_bytes(6),
-                config.grace_ms.to_bytes(6),
-                config.max_bytes.to_bytes(4),
-            )
-        )
+        # What commit.lua is told each time.
+        absolute_ms = config.absolute_ms or 0
+        self._limits = absolute_ms.to_bytes(6) + config.grace_ms.to_bytes(6) + config.max_bytes.to_bytes(4)
         self._wait = (replicas, config.wait_timeout_ms) if replicas else None
 
     # -- reading ------------------------------------------------------------
@@ -224,14 +220,8 @@ class Store:
             flags |= 4
         if config.touch_interval_ms is None:
             flags |= 8
-        numbers = b"".join(
-            (
-                flags.to_bytes(1),
-                caller.lifetime_ms.to_bytes(6),
-                config.touch_ms(caller.lifetime_ms).to_bytes(6),
-                self._numbers,
-            )
-        )
+        lifetime_ms, touch_ms = caller.lifetime_ms, config.touch_ms(caller.lifetime_ms)
+        numbers = b"%c%b%b%b" % (flags, lifetime_ms.to_bytes(6), touch_ms.to_bytes(6), self._limits)
         packed = pack_delta(delta, rotate_to.digest if rotate_to else b"")
 
         def arguments(age: int, resend: int) -> tuple[bytes, ...]:

@@ -125,14 +125,12 @@ class Visit:
         header, self._request = self._request.environ.get("HTTP_COOKIE", ""), None
         # Ids and hints need no unquoting, so three names are looked for and the rest is left unparsed. The
         # first of a name counts, as everywhere in Flask.
-        found: dict[str, str] = {}
-        for suffix, value in _cookies(self.name).findall(header):
-            found.setdefault(suffix, value.strip())
-        self._id = parse_session_id(found.get("", ""), self.config.id_length)
+        found = dict(reversed(_cookies(self.name).findall(header)))
+        self._id = parse_session_id(found.get("", "").strip(), self.config.id_length)
         if self._id is None:
             self.standing = Standing.MISSING
             return
-        hint = found.get("_v", "")
+        hint = found.get("_v", "").strip()
         if hint.isascii() and hint.isdigit() and len(hint) <= _HINT_DIGITS:
             self._hint = int(hint)
         self._others_hint = "_o" in found
