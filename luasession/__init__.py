@@ -12,6 +12,7 @@ from .errors import SessionUnavailable as SessionUnavailable
 from .extension import Session as Session
 from .extension import Sessions as Sessions
 from .interface import LuaSessionInterface as LuaSessionInterface
+from .retry import retry_on_conflict as retry_on_conflict
 from .session import LuaSession as LuaSession
 from .signals import session_committed as session_committed
 from .signals import session_conflict as session_conflict

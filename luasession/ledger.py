@@ -8,6 +8,7 @@ from one version, plus what the request itself has changed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from . import merge
@@ -15,20 +16,21 @@ from .codec import Serializer, is_immutable
 from .delta import Check, Delta, Put
 from .errors import SessionConflict
 from .outcome import Applied, Conflicting
-from .policy import Policies
+from .policy import Policies, Policy
 from .snapshot import Pair, Snapshot, field_name, session_key
 
 
+@dataclass(slots=True)
 class Conflict:
     """One key in conflict, as ``session_conflict`` tells it."""
 
-    def __init__(self, key: str, base: Any, theirs: Any, ours: Any, outcome: Any, policy: Any) -> None:
-        self.key = key
-        self.base = base
-        self.theirs = theirs
-        self.ours = ours
-        self.outcome = outcome
-        self.policy = policy
+    key: str
+    base: Any
+    theirs: Any
+    ours: Any
+    outcome: Any
+    #: What decided; ``"overwrite"`` where the types did not fit a merge function.
+    policy: Policy
 
 
 class Source(Protocol):
@@ -61,7 +63,7 @@ class Ledger:
     _read_all = False
     _corrupt_keys: frozenset[str] = frozenset()
     cleared = False
-    #: Whether every key that is in conflict stops the commit, whatever its policy.
+    #: Whether ``"overwrite"`` counts as ``"raise"``.
     strict = False
 
     def __init__(self, source: Source, serializer: Serializer, policies: Policies) -> None:
@@ -312,7 +314,7 @@ class Ledger:
     def _check(self, key: str) -> Check:
         if key not in self._reads or self._base is None or self.cleared:
             return Check.NONE
-        return Check.STRICT if self.strict else self._policies.check(key)
+        return Check.REPORT if self._policy(key) == "overwrite" else Check.STRICT
 
     # -- conflicts ----------------------------------------------------------
 
@@ -330,8 +332,10 @@ class Ledger:
                 continue
             put = ours.sets.get(name)
             value = self.decoded(put.value if put else None)
-            policy = "raise" if self.strict else self._policies.of(key)
-            found.append(Conflict(key, self.decoded(base), self.decoded(theirs), value, value, policy))
+            conflict = Conflict(
+                key, self.decoded(base), self.decoded(theirs), value, value, self._policy(key)
+            )
+            found.append(conflict)
         return found
 
     def resolve(
@@ -364,19 +368,25 @@ class Ledger:
             else:
                 deletes[name] = ours.deletes[name]
         for conflict in found:
-            if callable(conflict.policy):
-                self._merge(conflict, sets, deletes)
+            self._merge(conflict, sets, deletes)
         return delta._replace(base=conflicting.pair, own=(), sets=sets, deletes=deletes)
 
     def _may_go_on(self, name: bytes, delta: Delta) -> bool:
         check = delta.sets[name].check if name in delta.sets else delta.deletes[name]
-        return check is not Check.STRICT or (
-            not self.strict and callable(self._policies.of(session_key(name) or ""))
-        )
+        return check is not Check.STRICT or callable(self._policy(session_key(name) or ""))
+
+    def _policy(self, key: str) -> Policy:
+        policy = self._policies.of(key)
+        return "raise" if self.strict and policy == "overwrite" else policy
 
     def _merge(self, conflict: Conflict, sets: dict[bytes, Put], deletes: dict[bytes, Check]) -> None:
         name = field_name(conflict.key)
-        conflict.outcome = conflict.policy(conflict.base, conflict.theirs, conflict.ours)
+        if not callable(conflict.policy):
+            return
+        sides = conflict.base, conflict.theirs, conflict.ours
+        conflict.outcome, fits = merge.outcome(conflict.policy, *sides)
+        if not fits:
+            conflict.policy = "overwrite"
         if conflict.outcome is merge.MISSING:
             sets.pop(name, None)
             deletes[name] = Check.STRICT

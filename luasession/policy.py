@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import merge
-from .delta import Check
 
 #: ``"overwrite"``, ``"raise"``, ``"serializable"``, or a three-way merge
 #: ``(base, theirs, ours) -> value``, whose missing sides are ``merge.MISSING``.
@@ -47,7 +46,3 @@ class Policies:
             if key.startswith(beginning):
                 return policy
         return self.default
-
-    def check(self, key: str) -> Check:
-        """Return what the script does about a conflict of a key that was read and changed."""
-        return Check.REPORT if self.of(key) == "overwrite" else Check.STRICT

@@ -319,6 +319,19 @@ class LuaSession(SessionMixin):
         """What this request has had to do with the store."""
         return self._visit
 
+    @property
+    def strict(self) -> bool:
+        """Whether ``"overwrite"`` counts as ``"raise"`` now, as in ``retry_on_conflict``."""
+        return self._ledger.strict
+
+    @strict.setter
+    def strict(self, value: bool) -> None:
+        self._ledger.strict = value
+
+    def abandon(self) -> None:
+        """Store nothing more of this request."""
+        self._visit.failed = True
+
     def save(self) -> None:
         """Apply what is left at the end of the request; a delta without a session is dropped.
 

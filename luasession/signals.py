@@ -15,7 +15,8 @@ session_created = _signals.signal("session-created")
 session_committed = _signals.signal("session-committed")
 #: A key that the request read and changed had been changed by somebody else;
 #: ``key``, ``base``, ``theirs``, ``ours``, ``outcome`` and ``policy``. Sent once a key;
-#: a missing side is :data:`luasession.merge.MISSING`.
+#: a missing side is :data:`luasession.merge.MISSING`, and where the types did not fit a merge
+#: function, so that ours was stored, ``policy`` is ``"overwrite"``.
 session_conflict = _signals.signal("session-conflict")
 #: The secret was replaced; ``version``.
 session_rotated = _signals.signal("session-rotated")

@@ -119,6 +119,21 @@ def test_merges_count_both(make_app: MakeApp) -> None:
     assert overlap(app, theirs, ours) == {"count": 16, "key": ["base", "theirs", "ours"]}
 
 
+def test_types_that_do_not_fit_a_merge_are_told(make_app: MakeApp) -> None:
+    """A merge function that cannot merge stores ours, and the signal names "overwrite" as what decided."""
+    app = make_app(SESSION_MERGE={"key": merge.append, "count": merge.add})
+    told = collect(app)
+
+    def ours() -> None:
+        session["key"].append("ours")
+        session["count"] += 1
+
+    after = overlap(app, lambda: session.update(key="a text", count=7), ours)
+    assert after == {"key": ["base", "ours"], "count": 8}
+    by_key = {about["key"]: (about["theirs"], about["outcome"], about["policy"]) for about in told}
+    assert by_key == {"key": ("a text", ["base", "ours"], "overwrite"), "count": (7, 8, merge.add)}
+
+
 def test_write_skew_under_raise_and_serializable(make_app: MakeApp) -> None:
     """Each reads what the other writes: "raise" lets both pass, "serializable" stops the second."""
 

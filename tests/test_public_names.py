@@ -45,7 +45,9 @@ COUNTERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["Session", "LuaSession", "LuaSessionInterface", *ERRORS, *SIGNALS])
+@pytest.mark.parametrize(
+    "name", ["Session", "LuaSession", "LuaSessionInterface", "retry_on_conflict", *ERRORS, *SIGNALS]
+)
 def test_importable(name: str) -> None:
     """Everything public is importable from luasession, and documented."""
     assert getattr(luasession, name).__doc__
@@ -67,7 +69,11 @@ def test_nothing_else_is_public() -> None:
     """No name without an underscore slips into the package by an import."""
     names = {name for name in vars(luasession) if not name.startswith("_")}
     modules = {name for name in names if inspect.ismodule(getattr(luasession, name))}
-    assert names - modules == {"Session", "Sessions", "LuaSession", "LuaSessionInterface", *ERRORS, *SIGNALS}
+    assert names - modules == {
+        *("Session", "Sessions", "LuaSession", "LuaSessionInterface", "retry_on_conflict"),
+        *ERRORS,
+        *SIGNALS,
+    }
 
 
 def test_what_a_session_is(app: TestApp) -> None:

@@ -14,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.cookies import SimpleCookie
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 from flask import Flask, request, session
 
-from luasession import Session
+from luasession import Session, merge, retry_on_conflict
 
 from .servers import Server, eventually
 
@@ -29,6 +30,7 @@ def create_app() -> Flask:
     """Make the app that the workers serve; its settings come as JSON in the environment."""
     app = Flask(__name__)
     app.config.update(json.loads(os.environ[_SETTINGS]))
+    app.config["SESSION_MERGE"] = {"merged": merge.add}
     Session(app)
 
     @app.route("/ready")
@@ -60,13 +62,11 @@ def create_app() -> Flask:
         del session[key]
         return str(value)
 
-    @app.route("/increment/<how>")
-    def increment(how: str) -> str:
-        if how == "atomic":
-            session.atomic_update("hits", lambda hits: hits + 1, 0)
-        else:
-            session["hits"] = session.get("hits", 0) + 1
-        return "ok"
+    add_increments(app)
+
+    @app.route("/stats")
+    def stats() -> dict[str, int]:
+        return {"pid": os.getpid(), **app.extensions["luasession"].stats()}
 
     @app.route("/logout")
     def logout() -> str:
@@ -78,6 +78,41 @@ def create_app() -> Flask:
         return {"pid": os.getpid(), "session": dict(session), "version": session.version}
 
     return app
+
+
+def add_increments(app: Flask) -> None:
+    """Add a view for each way to count; each returns how often it ran."""
+
+    def plus_one(key: str) -> None:
+        session[key] = session.get(key, 0) + 1
+
+    @app.route("/increment/atomic")
+    def increment_atomically() -> str:
+        runs = []
+
+        def function(hits: int) -> int:
+            runs.append(hits)
+            return hits + 1
+
+        session.atomic_update("hits", function, 0)
+        return str(len(runs))
+
+    @app.route("/increment/merge")
+    def increment_merged() -> str:
+        plus_one("merged")
+        return "1"  # the rounds come after the view: /stats counts them
+
+    @app.route("/increment/retry")
+    def increment_again_and_again() -> str:
+        runs = []
+
+        @retry_on_conflict(attempts=1000)
+        def view() -> None:
+            runs.append(1)
+            plus_one("hits")
+
+        view()
+        return str(len(runs))
 
 
 class Web:
@@ -126,11 +161,26 @@ class WebBrowser:
         shown: dict[str, Any] = json.loads(body)
         return shown
 
+    def overlapping(self, path: str) -> tuple[int, bytes]:
+        """Send a request that may overlap others; its cookies go into the jar when its answer comes."""
+        twin = WebBrowser(self._port, self.cookies)
+        sent = dict(twin.cookies)
+        status, body, _ = twin.request(path)
+        for name in sent.keys() - twin.cookies.keys():
+            self.cookies.pop(name, None)
+        self.cookies.update({name: value for name, value in twin.cookies.items() if sent.get(name) != value})
+        return status, body
+
     def parallel(self, paths: list[str]) -> list[int]:
-        """Send all at the same time, each with the cookies of now; return their statuses."""
+        """Send all at the same time, with the cookies of now; return their statuses."""
+        begun = Barrier(len(paths))
+
+        def send(path: str) -> int:
+            begun.wait(30)
+            return self.overlapping(path)[0]
+
         with ThreadPoolExecutor(len(paths)) as pool:
-            twins = [WebBrowser(self._port, self.cookies) for _ in paths]
-            return list(pool.map(lambda twin, path: twin.request(path)[0], twins, paths))
+            return list(pool.map(send, paths))
 
 
 @contextmanager
