@@ -69,3 +69,21 @@ def test_no_cache_at_all(make_app: MakeApp) -> None:
         client.delete(app.prefix + handle)
     assert eventually(lambda: browser.run(lambda: dict(session)) == {}, 1)
     assert app.stats()["cache_hits"] == 0
+
+
+def test_a_base_beyond_the_journal_is_read_whole(make_app: MakeApp) -> None:
+    """A process whose snapshot is older than the journal gets all there is, deletions included."""
+    app = make_app(SESSION_CACHE_TTL=0)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1, b=1))
+    elsewhere = browser.twin(app.another())
+
+    def view() -> None:
+        del session["a"]
+        for n in range(150):
+            session[f"some-longer-name-{n}"] = n
+            session.commit()
+
+    elsewhere.run(view)
+    expected = {"b": 1, **{f"some-longer-name-{n}": n for n in range(150)}}
+    assert browser.run(lambda: dict(session)) == expected

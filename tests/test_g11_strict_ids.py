@@ -129,3 +129,15 @@ def test_what_redis_holds_is_no_cookie(app: TestApp) -> None:
     digest = hashlib.sha256(secret.encode()).digest()
     assert digest in app.stored(handle)[b"@i"]
     assert send(app, f"{handle}.{urlsafe_b64encode(digest).rstrip(b'=').decode()}") == {}
+
+
+def test_a_wrong_secret_ends_nothing(app: TestApp) -> None:
+    """Who knows the handle alone cannot log anybody out."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    handle = browser.run(lambda: session.handle)
+    stored = app.stored(handle)
+    guesser = app.browser_with_header(f"session={handle}.{'A' * 43}")
+    guesser.run(lambda: session.destroy())
+    guesser.run(lambda: session.clear())
+    assert app.stored(handle) == stored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from threading import Timer
 from typing import Any
 
@@ -109,3 +110,42 @@ def test_an_error_after_a_commit_carries_the_id(own_server: Server) -> None:
 
     browser.run(view, status=503)
     assert list(browser.set_cookies) == ["session", "session_v"]
+
+
+def delete_and_set() -> None:
+    del session["a"]
+    session["b"] = 1
+
+
+def new_lifetime() -> None:
+    session.lifetime = 100
+    session["b"] = 1
+
+
+def clear_and_set() -> None:
+    session.clear()
+    session["b"] = 1
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(delete_and_set, id="delete and set"),
+        pytest.param(new_lifetime, id="new lifetime"),
+        pytest.param(clear_and_set, id="clear and set"),
+    ],
+)
+def test_out_of_memory_changes_nothing(own_server: Server, view: Callable[[], None]) -> None:
+    """Nothing that a commit also does, a deletion, a new TTL, a clear, gets it past the limit of memory."""
+    app = app_on(own_server)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    handle = browser.run(lambda: session.handle)
+    stored = app.stored(handle)
+    with own_server.client() as client:
+        before = client.pttl(app.prefix + handle)
+        client.config_set("maxmemory", "1")
+        browser.run(view, status=503)
+        client.config_set("maxmemory", "0")
+        assert app.stored(handle) == stored
+        assert before - 60_000 < client.pttl(app.prefix + handle) <= before

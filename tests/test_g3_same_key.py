@@ -194,3 +194,42 @@ def test_a_conflict_behind_other_commits_is_found(make_app: MakeApp) -> None:
 
     after = overlap(app, theirs, lambda: session["key"].append("ours"), status=409)
     assert after["key"] == ["theirs"]
+
+
+def test_an_own_commit_is_no_conflict(make_app: MakeApp) -> None:
+    """What a request has committed itself is not in the way of its next commit, whoever came in between."""
+    app = make_app(SESSION_CONFLICT="raise")
+    browser = app.browser()
+    browser.run(lambda: session.update(n=0, k=0))
+    other = browser.twin()
+
+    def view() -> None:
+        session["n"] += 1
+        other.run(lambda: session.update(k=1))
+        session.commit()
+        session["n"] += 1
+
+    browser.run(view)
+    assert browser.run(lambda: dict(session)) == {"n": 2, "k": 1}
+
+
+def test_a_base_of_a_lost_future_is_a_conflict(make_app: MakeApp) -> None:
+    """A base that a failover has lost counts as changed, though there is a version of its number."""
+    app = make_app(SESSION_CONFLICT="raise")
+    browser = app.browser()
+    browser.run(lambda: session.update(key="old"))
+    handle, other = browser.run(lambda: session.handle), browser.twin(app.another())
+    assert app.server is not None
+    with app.server.client() as client:
+        kept = client.dump(app.prefix + handle)
+        browser.run(lambda: session.update(key="lost"))
+
+        def view() -> None:
+            assert session["key"] == "lost"
+            client.restore(app.prefix + handle, 0, kept, replace=True)
+            for n in range(3):
+                other.run(lambda: session.update({f"other{n}": n}))  # noqa: B023
+            session["key"] += " and found"
+
+        browser.run(view, status=409)
+    assert other.run(lambda: session["key"]) == "old"

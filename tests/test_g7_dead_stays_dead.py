@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from flask import session
 
+from luasession.delta import Delta, Put
+from luasession.ids import new_session_id
+from luasession.outcome import Refused, Standing
 from luasession.signals import session_discarded
 
 from .conftest import MakeApp, TestApp
@@ -150,3 +153,60 @@ def test_the_tombstone_goes_after_the_grace(make_app: MakeApp) -> None:
     assert app.server is not None
     with app.server.client() as client:
         assert 0 < client.pttl(app.prefix + handle) <= 7000
+
+
+def test_a_read_after_the_end_starts_nothing(make_app: MakeApp) -> None:
+    """A request that was open at the end and reads after it finds nothing, and what it writes is dropped."""
+    app = make_app(SESSION_CACHE_TTL=None)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    handle, other = browser.run(lambda: session.handle), browser.twin()
+
+    def view() -> None:
+        time.sleep(0.05)  # ages are exact to a call's transit; this is well over it
+        other.run(lambda: session.destroy())
+        assert dict(session) == {}
+        session["late"] = 1
+
+    browser.run(view)
+    assert browser.set_cookies == {}
+    assert app.keys() == [(app.prefix + handle).encode()]
+    assert set(app.stored(handle)) == {b"@t"}
+
+
+def test_a_base_of_a_lost_future_is_from_before_the_clear(app: TestApp) -> None:
+    """A base that a failover has lost is not taken for one of the same number, made after a clear."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    handle, other = browser.run(lambda: session.handle), browser.twin()
+    assert app.server is not None
+    with app.server.client() as client:
+        kept = client.dump(app.prefix + handle)
+        browser.run(lambda: session.update(lost=1))
+
+        def clear() -> None:
+            session.clear()
+            session["new"] = 1
+
+        def view() -> None:
+            assert session["lost"] == 1
+            client.restore(app.prefix + handle, 0, kept, replace=True)
+            other.run(clear)
+            session["late"] = 1
+
+        browser.run(view)
+    assert {name for name in app.stored(handle) if not name.startswith(b"@")} == {b"new"}
+
+
+def test_a_creation_finds_nothing_and_a_commit_something(app: TestApp) -> None:
+    """A creation does not write over a session that is there, and a commit makes none that is not."""
+    store = app.flask.session_interface._store  # type: ignore[attr-defined]
+    caller = store.caller(time.monotonic_ns(), 3_600_000)
+    there, other = new_session_id(32), new_session_id(32)
+    store.create(there, Delta(sets={b"a": Put(b"1")}), caller)
+    before = app.stored(there.handle)
+    assert store.create(there, Delta(sets={b"b": Put(b"2")}), caller) == Refused(Standing.MISSING)
+    assert app.stored(there.handle) == before
+    result = store.commit_current(other.handle, Delta(sets={b"b": Put(b"2")}), caller)
+    assert result == Refused(Standing.MISSING)
+    assert app.stored(other.handle) == {}

@@ -1,0 +1,371 @@
+"""The guards of the scripts, each with what is left when it is taken out, and the tests that must notice.
+
+``python -m tests.mutations`` runs those tests once for each mutation, in a process of its own that is
+forked from one which has imported all there is to import, and writes what came of each test as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import flask.testing
+import hypothesis
+import pytest
+import redis
+
+import luasession.scripts
+
+#: What is imported before the forks, so that it is imported once.
+IMPORTED = (flask.testing, hypothesis, redis)
+
+#: What each killer comes to: as it should, by an assertion, or by whatever else.
+PASSED, FAILED, BROKEN = "passed", "failed", "broken"
+
+#: A test that every mutated script must pass, so that none is red for the wrong reason.
+CONTROL = "test_g1_disjoint_keys.py::test_a_request_inside_another_keeps_both_keys[valkey-9.1]"
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """One guard, taken out.
+
+    :param old: occurs once in the script.
+    :param killers: the tests of which one at least must fail.
+    """
+
+    name: str
+    script: str
+    old: str
+    new: str
+    killers: tuple[str, ...]
+
+
+def _valkey(*tests: str) -> tuple[str, ...]:
+    return tuple(f"{test}[valkey-9.1]" for test in tests)
+
+
+MUTATIONS = (
+    Mutation(
+        "existence",
+        "commit",
+        "if create == (identity and true or false) then",
+        "if false then",
+        _valkey("test_g7_dead_stays_dead.py::test_a_creation_finds_nothing_and_a_commit_something"),
+    ),
+    Mutation(
+        "tombstone",
+        "commit",
+        "if ended then",
+        "if false then",
+        ("test_g7_dead_stays_dead.py::test_twenty_writers_cannot_undo_a_logout[valkey-9.1-destroy]",),
+    ),
+    Mutation(
+        "age at a tombstone",
+        "commit",
+        "(#ended == 7 and opened < struct.unpack('>I7', ended)) and 'gone'",
+        "true and 'gone'",
+        _valkey("test_g7_dead_stays_dead.py::test_a_blind_write_after_the_end_starts_anew"),
+    ),
+    Mutation(
+        "digest",
+        "commit",
+        "if not create and digest ~= '' and digest ~= current_digest then",
+        "if false then",
+        ("test_interleavings.py::test_three_requests_and_an_end[rotate_and_drop-count-set_k]",),
+    ),
+    Mutation(
+        "former digest",
+        "commit",
+        "if before == 1 and may_commit == 1 and new_digest == '' then",
+        "if false then",
+        ("test_interleavings.py::test_three_requests_and_an_end[set_k-rotate-count]",),
+    ),
+    Mutation(
+        "age of a former digest",
+        "commit",
+        "code, before = 'stale', opened < moment and 1 or 0",
+        "code, before = 'stale', 1",
+        ("test_interleavings.py::test_three_requests_and_an_end[set_k-rotate-count]",),
+    ),
+    Mutation(
+        "a rotation that drops what is open",
+        "commit",
+        "if before == 1 and may_commit == 1 and new_digest == '' then",
+        "if before == 1 and new_digest == '' then",
+        ("test_interleavings.py::test_three_requests_and_an_end[rotate_and_drop-count-set_k]",),
+    ),
+    Mutation(
+        "a rotation under a former digest",
+        "commit",
+        "if before == 1 and may_commit == 1 and new_digest == '' then",
+        "if before == 1 and may_commit == 1 then",
+        ("test_interleavings.py::test_three_requests_and_an_end[rotate-rotate-set_k]",),
+    ),
+    Mutation(
+        "clear",
+        "commit",
+        "if cleared and not clear then",
+        "if false then",
+        _valkey("test_g7_dead_stays_dead.py::test_clear_and_new_keys_keeps_exactly_the_new_keys"),
+    ),
+    Mutation(
+        "base before a clear",
+        "commit",
+        "if base_version < clear_version or base_lost then return answer('gone') end",
+        "",
+        _valkey("test_g7_dead_stays_dead.py::test_clear_and_new_keys_keeps_exactly_the_new_keys"),
+    ),
+    Mutation(
+        "blind write before a clear",
+        "commit",
+        "elseif opened < clear_moment then",
+        "elseif false then",
+        _valkey("test_g7_dead_stays_dead.py::test_clear_and_new_keys_keeps_exactly_the_new_keys"),
+    ),
+    Mutation(
+        "write id in the ring",
+        "commit",
+        "if found then",
+        "if false then",
+        ("test_g6_exactly_once.py::test_a_commit_whose_reply_is_lost_is_applied_once[valkey-9.1-blind set-1]",),
+    ),
+    Mutation(
+        "floor of the ring",
+        "commit",
+        "if resend > 0 and floor_us > 0 and now_us - resend <= floor_us + TRANSIT then",
+        "if false then",
+        ("test_g6_exactly_once.py::test_past_the_ring_nobody_can_tell[valkey-9.1-blind set]",),
+    ),
+    Mutation(
+        "end of the journal",
+        "commit",
+        "base_known = base_version == number and prefix == floor_id",
+        "base_known = true",
+        _valkey("test_g3_same_key.py::test_a_conflict_beyond_the_journal_is_still_one"),
+    ),
+    Mutation(
+        "pair in the journal",
+        "commit",
+        "if number == base_version and id == prefix then base_known = true end",
+        "if number == base_version then base_known = true end",
+        _valkey("test_g3_same_key.py::test_a_base_of_a_lost_future_is_a_conflict"),
+    ),
+    Mutation(
+        "base of a lost future at a clear",
+        "commit",
+        "if base_version < clear_version or base_lost then",
+        "if base_version < clear_version then",
+        _valkey("test_g7_dead_stays_dead.py::test_a_base_of_a_lost_future_is_from_before_the_clear"),
+    ),
+    Mutation(
+        "size",
+        "commit",
+        "if after > max_bytes and after > bytes then",
+        "if false then",
+        _valkey("test_g12_values.py::test_a_session_may_have_so_many_bytes"),
+    ),
+    Mutation(
+        "size of what does not grow",
+        "commit",
+        "if after > max_bytes and after > bytes then",
+        "if after > max_bytes then",
+        _valkey("test_g12_values.py::test_what_does_not_grow_passes"),
+    ),
+    Mutation(
+        "conflict check",
+        "commit",
+        "if #conflict > 0 then",
+        "if false then",
+        _valkey("test_g3_same_key.py::test_raise_stores_nothing_and_answers_409"),
+    ),
+    Mutation(
+        "reads of a serializable request",
+        "commit",
+        "look({name, false, 2})",
+        "",
+        _valkey("test_g3_same_key.py::test_write_skew_under_raise_and_serializable"),
+    ),
+    Mutation(
+        "own write ids",
+        "commit",
+        "number > base_version and not own:find(id, 1, true)",
+        "number > base_version",
+        _valkey("test_g3_same_key.py::test_an_own_commit_is_no_conflict"),
+    ),
+    Mutation(
+        "HSET before a deletion",
+        "commit",
+        "for first = 1, #writes, CHUNK do",
+        "if #deletes > 0 then redis.call('HDEL', session, deletes[1][1]) end\nfor first = 1, #writes, CHUNK do",
+        ("test_g14_redis_down.py::test_out_of_memory_changes_nothing[valkey-9.1-delete and set]",),
+    ),
+    Mutation(
+        "HSET before a new TTL",
+        "commit",
+        "for first = 1, #writes, CHUNK do",
+        "if due then redis.call('PEXPIRE', session, ends - now) end\nfor first = 1, #writes, CHUNK do",
+        ("test_g14_redis_down.py::test_out_of_memory_changes_nothing[valkey-9.1-new lifetime]",),
+    ),
+    Mutation(
+        "HSET before the DEL of a clear",
+        "commit",
+        "  redis.call('HSET', session, '@v', state)\n  redis.call('DEL', session)",
+        "  redis.call('DEL', session)",
+        ("test_g14_redis_down.py::test_out_of_memory_changes_nothing[valkey-9.1-clear and set]",),
+    ),
+    Mutation(
+        "tombstone met by a load",
+        "load",
+        "if ended then",
+        "if false then",
+        _valkey("test_g7_dead_stays_dead.py::test_a_read_after_the_end_starts_nothing"),
+    ),
+    Mutation(
+        "age at a tombstone met by a load",
+        "load",
+        "(#ended == 7 and opened < struct.unpack('>I7', ended)) and 'gone' or 'missing'",
+        "'missing'",
+        _valkey("test_g7_dead_stays_dead.py::test_a_read_after_the_end_starts_nothing"),
+    ),
+    Mutation(
+        "former digest met by a load",
+        "load",
+        "if is_former == 0 then return answer(code, before) end",
+        "",
+        ("test_interleavings.py::test_three_requests_and_an_end[set_k-rotate-count]",),
+    ),
+    Mutation(
+        "base in the journal of a load",
+        "load",
+        "if everything or not known then names = nil end",
+        "if everything then names = nil end",
+        ("test_g10_bounded_staleness.py::test_a_base_beyond_the_journal_is_read_whole[valkey-9.1]",),
+    ),
+    Mutation(
+        "everything in the journal of a load",
+        "load",
+        "if everything or not known then names = nil end",
+        "if not known then names = nil end",
+        ("test_interleavings.py::test_two_requests_under_serializable[always asked]",),
+    ),
+    Mutation(
+        "digest of a log-out",
+        "destroy",
+        "if not honoured then return answer('missing') end",
+        "",
+        _valkey("test_g11_strict_ids.py::test_a_wrong_secret_ends_nothing"),
+    ),
+    Mutation(
+        "log-out under a former digest",
+        "destroy",
+        "honoured = honoured or (former == digest and now < grace_end)",
+        "honoured = honoured or false",
+        ("test_interleavings.py::test_three_requests_and_an_end[rotate-destroy-set_k]",),
+    ),
+    Mutation(
+        "log-out sent again",
+        "destroy",
+        "answer(resend > 0 and 'destroyed' or 'missing')",
+        "answer('missing')",
+        _valkey("test_g6_exactly_once.py::test_a_log_out_whose_reply_is_lost_is_a_log_out"),
+    ),
+)
+
+
+@contextmanager
+def mutated(name: str) -> Iterator[None]:
+    """Have the package read the scripts with one guard taken out, within the block."""
+    mutation = next(mutation for mutation in MUTATIONS if mutation.name == name)
+    folder = luasession.scripts._folder()
+    with tempfile.TemporaryDirectory() as copies:
+        for script in ("load", "commit", "destroy"):
+            text = (folder / f"{script}.lua").read_text()
+            if script == mutation.script:
+                assert text.count(mutation.old) == 1, f"{name}: not once in {script}.lua: {mutation.old}"
+                text = text.replace(mutation.old, mutation.new)
+            (Path(copies) / f"{script}.lua").write_text(text)
+        with patch.object(luasession.scripts, "_folder", lambda: Path(copies)):
+            luasession.scripts.script.cache_clear()
+            try:
+                yield
+            finally:
+                luasession.scripts.script.cache_clear()
+
+
+class _Verdicts:
+    """A plugin that notes what each test came to."""
+
+    def __init__(self) -> None:
+        self.by_test: dict[str, str] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+        report = yield
+        if report.failed:
+            told = call.when == "call" and call.excinfo is not None
+            by_assertion = told and call.excinfo.errisinstance((AssertionError, pytest.fail.Exception))
+            self.by_test[item.nodeid] = FAILED if by_assertion else BROKEN
+        elif call.when == "call":
+            self.by_test.setdefault(item.nodeid, PASSED)
+        return report
+
+
+def _run(name: str | None, tests: list[str]) -> dict[str, str]:
+    """Run tests under a mutation, or under none, and return what came of them."""
+    verdicts = _Verdicts()
+    arguments = ["-q", "--assert=plain", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
+    if name is None:
+        pytest.main(arguments, [verdicts])
+    else:
+        with mutated(name):
+            pytest.main(arguments, [verdicts])
+    return {test: verdicts.by_test.get(f"tests/{test}", BROKEN) for test in tests}
+
+
+def _fork(name: str | None, tests: list[str], folder: Path, number: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        with (folder / f"{number}.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+            (folder / f"{number}.json").write_text(json.dumps([name, _run(name, tests)]))
+        status = 0
+    except BaseException:  # noqa: BLE001 - nothing may get past the fork
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def main(processes: int = 2) -> None:
+    """Run all mutations, and print what each killer came to: by name of the mutation, "" for none."""
+    killers = sorted({killer for mutation in MUTATIONS for killer in mutation.killers} | {CONTROL})
+    jobs: list[tuple[str | None, list[str]]] = [(None, killers)]
+    jobs += [(mutation.name, [CONTROL, *mutation.killers]) for mutation in MUTATIONS]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        running: set[int] = set()
+        for number, (mutation, tests) in enumerate(jobs):
+            if len(running) >= processes:
+                running.discard(os.wait()[0])
+            running.add(_fork(mutation, tests, folder, number))
+        while running:
+            running.discard(os.wait()[0])
+        found = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+        logs = {number: (folder / f"{number}.log").read_text() for number in range(len(jobs))}
+    verdicts = {mutation or "": verdict for mutation, verdict in found}
+    json.dump({"verdicts": verdicts, "log": logs[0][-5000:]}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
