@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import permutations
 from types import SimpleNamespace
 from typing import Any
@@ -735,91 +736,85 @@ class _Harness:
 
     def __init__(self, app: TestApp) -> None:
         self.run: Run | None = None
-        store = app.flask.session_interface._store
-        client = store._client
         session_discarded.connect(self._discarded, app.flask)
         session_conflict.connect(self._conflict, app.flask)
-        connections = client._connections
-        take, exchange, call = connections.take, client._exchange, client.call
-        caller, trusted, load = store.caller, store.trusted, store.load
-        commit, create = store.commit, store.create
+        store = app.flask.session_interface._store  # type: ignore[attr-defined]
+        client = store._client
+        for owner, name in [
+            (client._connections, "take"),
+            (client, "_exchange"),
+            (client, "call"),
+            (store, "caller"),
+            (store, "trusted"),
+            (store, "load"),
+            (store, "commit"),
+            (store, "create"),
+        ]:
+            setattr(owner, name, partial(self._step, getattr(self, name), getattr(owner, name)))
 
-        def taking() -> Any:
-            run, request = self._now()
-            if run is not None and request is not None:
-                run.pause(request)
-            return take()
+    def _step(self, ours: Callable[..., Any], original: Callable[..., Any], *about: Any, **more: Any) -> Any:
+        if self.run is None or self.run.running is None:
+            return original(*about, **more)
+        return ours(self.run, self.run.running, original, *about, **more)
 
-        def exchanging(*about: Any) -> Any:
-            run, request = self._now()
-            if run is None or request is None:
-                return exchange(*about)
-            return run.exchange(request, exchange, *about)
+    def take(self, run: Run, request: Request, original: Callable[..., Any]) -> Any:
+        """Stop before a connection is taken: the age of the request counts up to the sending after it."""
+        run.pause(request)
+        return original()
 
-        def calling(*about: Any) -> Any:
-            answer = call(*about)
-            run, request = self._now()
-            if run is not None and request is not None and run.scene.replies:
-                run.pause(request)
-            return answer
+    def _exchange(self, run: Run, request: Request, original: Callable[..., Any], *about: Any) -> Any:
+        return run.exchange(request, original, *about)
 
-        def placed(opened: int, lifetime_ms: int) -> Caller:
-            run, request = self._now()
-            if run is None or request is None:
-                return caller(opened, lifetime_ms)
-            placed = Placed(opened, lifetime_ms, _Persistent(patient=run.scene.patient))
-            placed.request, placed.run = request, run
-            return placed
-
-        def looking(session_id: SessionId, hint: int, caller: Caller) -> Any:
-            run, request = self._now()
-            if run is None or request is None:
-                return trusted(session_id, hint, caller)
+    def call(self, run: Run, request: Request, original: Callable[..., Any], *about: Any) -> Any:
+        """Stop when the reply is there, if it is on its way for so long."""
+        answer = original(*about)
+        if run.scene.replies:
             run.pause(request)
-            snapshot = trusted(session_id, hint, caller)
-            run.loaded(request, snapshot, cached=True)
-            # What is not there is asked for in the same step: the look changed nothing.
-            request.free = snapshot is None
-            return snapshot
+        return answer
 
-        def loading(session_id: SessionId, caller: Caller) -> Any:
-            run, request = self._now()
-            if run is None or request is None:
-                return load(session_id, caller)
-            request.doing = ("load", None, session_id)
-            loaded = load(session_id, caller)
-            run.loaded(request, loaded.snapshot, cached=False)
-            return loaded
+    def caller(self, run: Run, request: Request, _original: Any, opened: int, lifetime_ms: int) -> Caller:
+        """Return one whose age is as the schedule has it."""
+        placed = Placed(opened, lifetime_ms, _Persistent(patient=run.scene.patient))
+        placed.request, placed.run = request, run
+        return placed
 
-        def committing(session_id: SessionId, delta: Delta, caller: Caller, **about: Any) -> Any:
-            _, request = self._now()
-            if request is not None:
-                request.doing = ("commit", delta, about.get("rotate_to"))
-                request.rotated_to = about.get("rotate_to") or request.rotated_to
-            return commit(session_id, delta, caller, **about)
+    def trusted(self, run: Run, request: Request, original: Callable[..., Any], *about: Any) -> Any:
+        """Stop before the cache is looked into."""
+        run.pause(request)
+        snapshot = original(*about)
+        run.loaded(request, snapshot, cached=True)
+        # What is not there is asked for in the same step: the look changed nothing.
+        request.free = snapshot is None
+        return snapshot
 
-        def creating(session_id: SessionId, delta: Delta, caller: Caller) -> Any:
-            _, request = self._now()
-            if request is not None:
-                request.created = session_id
-            return create(session_id, delta, caller)
+    def load(self, run: Run, request: Request, original: Callable[..., Any], *about: Any) -> Any:
+        """Check what was read."""
+        request.doing = ("load", None, about[0])
+        loaded = original(*about)
+        run.loaded(request, loaded.snapshot, cached=False)
+        return loaded
 
-        connections.take, client._exchange, client.call = taking, exchanging, calling
-        store.caller, store.trusted, store.load = placed, looking, loading
-        store.commit, store.create = committing, creating
+    def commit(
+        self, _run: Run, request: Request, original: Callable[..., Any], *about: Any, **more: Any
+    ) -> Any:
+        """Note what is sent."""
+        rotate_to = more.get("rotate_to")
+        request.doing = ("commit", about[1], rotate_to)
+        request.rotated_to = rotate_to or request.rotated_to
+        return original(*about, **more)
 
-    def _now(self) -> tuple[Run | None, Request | None]:
-        return self.run, self.run and self.run.running
+    def create(self, _run: Run, request: Request, original: Callable[..., Any], *about: Any) -> Any:
+        """Note the session of its own."""
+        request.created = about[0]
+        return original(*about)
 
     def _discarded(self, _sender: Any, **about: Any) -> None:
-        _, request = self._now()
-        if request is not None:
-            request.discarded.append(about["reason"])
+        if self.run is not None and self.run.running is not None:
+            self.run.running.discarded.append(about["reason"])
 
     def _conflict(self, _sender: Any, **about: Any) -> None:
-        _, request = self._now()
-        if request is not None:
-            request.told.add(about["key"])
+        if self.run is not None and self.run.running is not None:
+            self.run.running.told.add(about["key"])
 
 
 def _harness(app: TestApp) -> _Harness:

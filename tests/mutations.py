@@ -79,7 +79,7 @@ MUTATIONS = (
     Mutation(
         "digest",
         "commit",
-        "if not create and digest ~= '' and digest ~= current_digest then",
+        "if digest ~= '' and digest ~= current_digest then",
         "if false then",
         ("test_interleavings.py::test_three_requests_and_an_end[rotate_and_drop-count-set_k]",),
     ),
@@ -119,6 +119,13 @@ MUTATIONS = (
         _valkey("test_g7_dead_stays_dead.py::test_clear_and_new_keys_keeps_exactly_the_new_keys"),
     ),
     Mutation(
+        "clear over a clear",
+        "commit",
+        "if cleared and not clear then",
+        "if cleared then",
+        ("test_interleavings.py::test_three_requests_and_an_end[clear_and_set-clear_and_set-set_k]",),
+    ),
+    Mutation(
         "base before a clear",
         "commit",
         "if base_version < clear_version or base_lost then return answer('gone') end",
@@ -137,13 +144,15 @@ MUTATIONS = (
         "commit",
         "if found then",
         "if false then",
-        ("test_g6_exactly_once.py::test_a_commit_whose_reply_is_lost_is_applied_once[valkey-9.1-blind set-1]",),
+        (
+            "test_g6_exactly_once.py::test_a_commit_whose_reply_is_lost_is_applied_once[valkey-9.1-blind set-1]",
+        ),
     ),
     Mutation(
         "floor of the ring",
         "commit",
-        "if resend > 0 and floor_us > 0 and now_us - resend <= floor_us + TRANSIT then",
-        "if false then",
+        "if floor_us > 0 and now_us - resend <= floor_us + TRANSIT then return answer('unknown') end",
+        "",
         ("test_g6_exactly_once.py::test_past_the_ring_nobody_can_tell[valkey-9.1-blind set]",),
     ),
     Mutation(
@@ -191,7 +200,14 @@ MUTATIONS = (
     Mutation(
         "reads of a serializable request",
         "commit",
-        "look({name, false, 2})",
+        "look(name, 2)",
+        "",
+        ("test_interleavings.py::test_write_skew[two]",),
+    ),
+    Mutation(
+        "reads of all keys",
+        "commit",
+        "    conflict[#conflict + 1] = '*'\n    conflict[#conflict + 1] = false\n",
         "",
         _valkey("test_g3_same_key.py::test_write_skew_under_raise_and_serializable"),
     ),
@@ -206,7 +222,7 @@ MUTATIONS = (
         "HSET before a deletion",
         "commit",
         "for first = 1, #writes, CHUNK do",
-        "if #deletes > 0 then redis.call('HDEL', session, deletes[1][1]) end\nfor first = 1, #writes, CHUNK do",
+        "if #removed > 0 and not clear then redis.call('HDEL', session, removed[1]) end\nfor first = 1, #writes, CHUNK do",
         ("test_g14_redis_down.py::test_out_of_memory_changes_nothing[valkey-9.1-delete and set]",),
     ),
     Mutation(
@@ -256,7 +272,7 @@ MUTATIONS = (
         "load",
         "if everything or not known then names = nil end",
         "if not known then names = nil end",
-        ("test_interleavings.py::test_two_requests_under_serializable[always asked]",),
+        _valkey("test_g10_bounded_staleness.py::test_a_clear_elsewhere_is_read_whole"),
     ),
     Mutation(
         "digest of a log-out",
@@ -271,6 +287,27 @@ MUTATIONS = (
         "honoured = honoured or (former == digest and now < grace_end)",
         "honoured = honoured or false",
         ("test_interleavings.py::test_three_requests_and_an_end[rotate-destroy-set_k]",),
+    ),
+    Mutation(
+        "grace of a former digest",
+        "commit",
+        "if former == digest and now < grace_end then",
+        "if former == digest then",
+        ("test_g8_grace.py::test_after_the_grace_a_former_secret_is_none[valkey-9.1-write]",),
+    ),
+    Mutation(
+        "grace of a former digest met by a load",
+        "load",
+        "if former == digest and now < grace_end then",
+        "if former == digest then",
+        ("test_g8_grace.py::test_after_the_grace_a_former_secret_is_none[valkey-9.1-read]",),
+    ),
+    Mutation(
+        "grace of a former digest met by a log-out",
+        "destroy",
+        "(former == digest and now < grace_end)",
+        "former == digest",
+        ("test_g8_grace.py::test_after_the_grace_a_former_secret_is_none[valkey-9.1-destroy]",),
     ),
     Mutation(
         "log-out sent again",

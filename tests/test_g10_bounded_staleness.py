@@ -87,3 +87,18 @@ def test_a_base_beyond_the_journal_is_read_whole(make_app: MakeApp) -> None:
     elsewhere.run(view)
     expected = {"b": 1, **{f"some-longer-name-{n}": n for n in range(150)}}
     assert browser.run(lambda: dict(session)) == expected
+
+
+def test_a_clear_elsewhere_is_read_whole(make_app: MakeApp) -> None:
+    """A process whose snapshot is from before a clear gets what was set after it and nothing else."""
+    app = make_app(SESSION_CACHE_TTL=0)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1, b=1))
+    elsewhere = browser.twin(app.another())
+
+    def view() -> None:
+        session.clear()
+        session["new"] = 1
+
+    elsewhere.run(view)
+    assert browser.run(lambda: dict(session)) == {"new": 1}

@@ -1,0 +1,97 @@
+"""G8: within the grace time of a rotation a request that was open goes on, and after it nobody does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from flask import session
+
+from .conftest import MakeApp, TestApp
+
+
+def nothing() -> None:
+    pass
+
+
+def see() -> None:
+    assert session["a"] == 1
+
+
+def write() -> None:
+    session["late"] = 1
+
+
+def read() -> None:
+    assert dict(session) == {}
+
+
+def destroy() -> None:
+    session.destroy()
+
+
+@pytest.mark.parametrize(
+    ("before", "late"),
+    [
+        pytest.param(see, write, id="write"),
+        pytest.param(nothing, read, id="read"),
+        pytest.param(nothing, destroy, id="destroy"),
+    ],
+)
+def test_after_the_grace_a_former_secret_is_none(
+    make_app: MakeApp, before: Callable[[], None], late: Callable[[], None]
+) -> None:
+    """A request that was open at a rotation and comes back after its grace reads, writes and ends nothing."""
+    app = make_app(SESSION_ROTATION_GRACE=0.05, SESSION_CACHE_TTL=None)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    handle, other = browser.run(lambda: session.handle), browser.twin()
+
+    def view() -> None:
+        before()
+        time.sleep(0.05)  # ages are exact to a call's transit; this is well over it
+        other.run(lambda: session.regenerate())
+        time.sleep(0.1)  # the grace passes
+        late()
+
+    browser.run(view)
+    assert browser.set_cookies == {}
+    assert app.keys() == [(app.prefix + handle).encode()]
+    assert other.run(lambda: dict(session)) == {"a": 1}
+
+
+def test_within_the_grace_an_open_request_goes_on(make_app: MakeApp) -> None:
+    """A request that was open at a rotation reads and writes within its grace, and leaves the cookies alone."""
+    app = make_app(SESSION_CACHE_TTL=None)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    other = browser.twin()
+
+    def view() -> None:
+        time.sleep(0.05)  # ages are exact to a call's transit; this is well over it
+        other.run(lambda: session.regenerate())
+        session["b"] = session["a"] + 1
+
+    browser.run(view)
+    assert "session" not in browser.set_cookies
+    assert other.run(lambda: dict(session)) == {"a": 1, "b": 2}
+
+
+def test_the_second_click_of_a_double_log_in(app: TestApp) -> None:
+    """A request that rotates over another rotation gets a session of its own, with all that it had read from."""
+    browser = app.browser()
+    browser.run(lambda: session.update(cart=[1], name="ada"))
+    first, second = browser.twin(), browser.twin()
+
+    def view() -> None:
+        assert session["name"] == "ada"
+        time.sleep(0.05)  # ages are exact to a call's transit; this is well over it
+        first.run(lambda: session.regenerate())
+        session["user"] = 7
+        session.regenerate()
+
+    second.run(view)
+    assert first.cookies["session"].partition(".")[0] != second.cookies["session"].partition(".")[0]
+    assert first.run(lambda: dict(session)) == {"cart": [1], "name": "ada"}
+    assert second.run(lambda: dict(session)) == {"cart": [1], "name": "ada", "user": 7}
