@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import pytest
 from flask import session
@@ -95,3 +97,50 @@ def test_the_second_click_of_a_double_log_in(app: TestApp) -> None:
     assert first.cookies["session"].partition(".")[0] != second.cookies["session"].partition(".")[0]
     assert first.run(lambda: dict(session)) == {"cart": [1], "name": "ada"}
     assert second.run(lambda: dict(session)) == {"cart": [1], "name": "ada", "user": 7}
+
+
+def test_the_session_of_a_second_click_is_like_its_base(app: TestApp) -> None:
+    """It has what its base had besides the keys: ends of keys, permanence, lifetime, principal and label."""
+
+    def start() -> None:
+        session.set("token", "t", ttl=60)
+        session.permanent = True
+        session.lifetime, session.principal, session.label = 500, "ada", "phone"
+
+    browser = app.browser()
+    browser.run(start)
+    first, second = browser.twin(), browser.twin()
+
+    def view() -> None:
+        assert session["token"] == "t"
+        time.sleep(0.05)  # ages are exact to a call's transit; this is well over it
+        first.run(lambda: session.regenerate())
+        session.regenerate()
+
+    second.run(view)
+
+    def see() -> Any:
+        return session.permanent, session.lifetime, session.principal, session.label
+
+    expected = (True, timedelta(seconds=500), "ada", "phone")
+    assert [first.run(see), second.run(see)] == [expected, expected]
+    handles = [each.cookies["session"].partition(".")[0] for each in (first, second)]
+    assert len(set(handles)) == 2
+    assert all(b"@x" in app.stored(handle) for handle in handles)
+
+
+def test_a_second_click_is_one_commit(app: TestApp) -> None:
+    """A session of its own is not rotated once more, by the end of the request or by what is written late."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    first, second = browser.twin(), browser.twin()
+
+    def view() -> None:
+        assert session["a"] == 1
+        time.sleep(0.05)  # ages are exact to a call's transit; this is well over it
+        first.run(lambda: session.regenerate())
+        session.regenerate()
+        session.commit()
+
+    second.run(view)
+    assert second.twin().run(lambda: session.version) == 1
