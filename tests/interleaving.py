@@ -197,6 +197,8 @@ class Request:
         self.created: SessionId | None = None
         self.rotated_to: SessionId | None = None
         self.lost = False
+        #: Whether its view was told of a conflict, and not its end.
+        self.raised = False
         self.doing: tuple[str, Delta | None, SessionId | None] = ("", None, None)
         self.expected_version: int | None = None
         #: What came of it.
@@ -494,6 +496,7 @@ class Run:
             except SessionGone:
                 pass  # it was signalled, too
             except LuaSessionError as error:
+                request.raised = True
                 response = app.make_response(app.handle_user_exception(error))
             app.session_interface.save_session(app, session, response)
         request.status = response.status_code
@@ -645,7 +648,7 @@ class Run:
             self._same(say, request.status, 503)
             self._same(f"{request.name}'s cookies are", request.cookies, [])
             return
-        self._same(say, request.status, 409 if request.answer == "conflict" else 200)
+        self._same(say, request.status, 409 if request.answer == "conflict" or request.raised else 200)
         # Where Redis refused it, or it knew from its read, and it would have changed something.
         refused = request.answer or request.standing
         wants = bool(request.model().commits) or request.view in ROTATING
