@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from . import merge
 from .codec import Serializer, is_immutable
-from .delta import Check, Delta, Put
+from .delta import Change, Check, Delta, Put
 from .errors import SessionConflict
 from .outcome import Applied, Conflicting
 from .policy import Policies, Policy
@@ -209,7 +209,7 @@ class Ledger:
         for key, given in self._given.items():
             raw = self._encode(key, self._values[key])
             if raw != given and raw != self._again(key, given):
-                sets[field_name(key)] = Put(raw, self._check(key), self._remaining(key))
+                sets[field_name(key)] = Put(raw, self._check(key), self._remaining(field_name(key)))
         deletes: dict[bytes, Check] = {}
         for key in self._deletes:
             if self._may_hold(key):
@@ -244,14 +244,22 @@ class Ledger:
 
     def whole(self, delta: Delta) -> Delta:
         """Return a delta that sets all that this request sees, for a session of its own."""
-        if self._snapshot is None or delta.cleared:
+        snapshot = self._snapshot
+        if snapshot is None or delta.cleared:
             return delta
         sets = {
-            name: Put(raw)
-            for name in self._snapshot.names(self._now_ms)
-            if name not in delta.deletes and (raw := self._snapshot.fields[name])
+            name: Put(raw, ttl_ms=self._remaining(name))
+            for name in snapshot.names(self._now_ms)
+            if name not in delta.deletes and (raw := snapshot.fields[name])
         }
-        return delta._replace(sets={**sets, **delta.sets}, deletes={})
+        return delta._replace(
+            sets={**sets, **delta.sets},
+            deletes={},
+            permanent=snapshot.permanent if delta.permanent is None else delta.permanent,
+            lifetime_ms=snapshot.lifetime_ms if delta.lifetime_ms is None else delta.lifetime_ms,
+            principal=delta.principal or Change(snapshot.principal),
+            label=delta.label or Change(snapshot.label),
+        )
 
     def encoded(self, key: str) -> bytes:
         """Return the bytes of a key's value, as this request has it."""
@@ -306,9 +314,9 @@ class Ledger:
             return True
         return self._snapshot is not None and field_name(key) in self._snapshot.fields
 
-    def _remaining(self, key: str) -> int:
+    def _remaining(self, name: bytes) -> int:
         # Changed in place, a key keeps the end that it was given.
-        deadline = self._snapshot.deadlines.get(field_name(key)) if self._snapshot else None
+        deadline = self._snapshot.deadlines.get(name) if self._snapshot else None
         return max(deadline - self._now_ms, 1) if deadline else 0
 
     def _check(self, key: str) -> Check:
@@ -435,7 +443,7 @@ class Ledger:
                 self._forget_stored(key)
                 continue
             self._sets.pop(key, None)
-            if not is_immutable(self._values[key]):
+            if key in self._values and not is_immutable(self._values[key]):
                 self._given[key] = put.value
         if sent.cleared:
             self.cleared = False

@@ -401,7 +401,7 @@ class LuaSession(SessionMixin):
         changes = dict(self._changes)
         if self._visit.id is None:
             changes.pop("rotation", None)
-        elif not delta.cleared and ("principal" in changes or not delta):
+        elif not delta.cleared and changes.keys() != {"rotation"} and ("principal" in changes or not delta):
             # Never blind: set to what is stored, they change nothing. What rides on other changes anyway
             # need not be compared, except for the principal, whose index entry moves with it.
             self._drop_unchanged(changes)

@@ -458,4 +458,7 @@ def _is_sha(reply: Any) -> bool:
 
 
 def _moves_expiry(delta: Delta) -> bool:
+    # Cleared, a session that is not permanent needs no new cookie: the id is not repeated for it (G8).
+    if delta.cleared and not delta.permanent:
+        return False
     return delta.permanent is not None or delta.lifetime_ms is not None

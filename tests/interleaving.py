@@ -34,7 +34,7 @@ from werkzeug.test import create_environ
 import luasession.session
 from luasession import SessionGone, SessionUnavailable, merge
 from luasession.client import Patience
-from luasession.delta import Check, Delta, Put
+from luasession.delta import Delta, Put
 from luasession.errors import LuaSessionError
 from luasession.ids import SessionId, new_session_id
 from luasession.policy import Policies
@@ -284,7 +284,7 @@ class Specification:
             key
             for key in changed
             if key in model.updates
-            or (not model.cleared and key in model.reads and self._policies.check(key) is Check.STRICT)
+            or (not model.cleared and key in model.reads and self._policies.of(key) != "overwrite")
         }
         if self._policies.serializable and not model.updates:
             checked |= model.reads
