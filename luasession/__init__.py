@@ -10,10 +10,11 @@ from .errors import SessionGone as SessionGone
 from .errors import SessionTooLarge as SessionTooLarge
 from .errors import SessionUnavailable as SessionUnavailable
 from .extension import Session as Session
-from .extension import Sessions as Sessions
 from .interface import LuaSessionInterface as LuaSessionInterface
 from .retry import retry_on_conflict as retry_on_conflict
 from .session import LuaSession as LuaSession
+from .sessions import SessionInfo as SessionInfo
+from .sessions import Sessions as Sessions
 from .signals import session_committed as session_committed
 from .signals import session_conflict as session_conflict
 from .signals import session_corrupt as session_corrupt

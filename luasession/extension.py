@@ -11,6 +11,7 @@ from .config import read_config
 from .errors import ConfigurationError
 from .interface import LuaSessionInterface
 from .session import LuaSession
+from .sessions import Sessions
 from .store import Store
 
 if TYPE_CHECKING:
@@ -43,21 +44,11 @@ class Session:
         if config.renew_after_ms is not None:
             raise ConfigurationError("SESSION_RENEW_AFTER: renewal by itself is not supported yet")
         store = Store(config, app.root_path)
-        app.session_interface = LuaSessionInterface(app, config, store)
+        interface = LuaSessionInterface(app, config, store)
+        app.session_interface = interface
         if "luasession" not in app.extensions:
             app.teardown_request(_save_late)
-        app.extensions["luasession"] = Sessions(store)
-
-
-class Sessions:
-    """The sessions of an app from outside a request, as ``app.extensions["luasession"]``."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def stats(self) -> dict[str, int]:
-        """Return what happened in this process: see :class:`luasession.stats.Stats`."""
-        return self._store.stats.counts()
+        app.extensions["luasession"] = Sessions(app, interface)
 
 
 def _save_late(_error: BaseException | None) -> None:

@@ -20,6 +20,7 @@ HANDLE_BYTES = 16
 WRITE_ID_BYTES = 8
 
 _HANDLE_CHARS = 22
+_HANDLE = re.compile(rf"[A-Za-z0-9_-]{{{_HANDLE_CHARS}}}")
 
 
 def _text(raw: bytes) -> str:
@@ -43,6 +44,13 @@ class SessionId:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.handle}>"
 
+    @classmethod
+    def without_secret(cls, handle: str) -> SessionId:
+        """Return a stand-in for calls from outside a request: it means whatever secret is current."""
+        session_id = cls(handle, "")
+        session_id.digest = b""
+        return session_id
+
     @property
     def sid(self) -> str:
         """The whole id, as the cookie carries it."""
@@ -51,6 +59,11 @@ class SessionId:
     def rotated(self, length: int) -> SessionId:
         """Return the same handle with a new secret of ``length`` bytes."""
         return SessionId(self.handle, _text(os.urandom(length)))
+
+
+def is_handle(text: str) -> bool:
+    """Whether a text has the form of a handle."""
+    return _HANDLE.fullmatch(text) is not None
 
 
 def new_session_id(length: int) -> SessionId:

@@ -15,7 +15,7 @@ from .codec import make_serializer
 from .outcome import Standing
 from .policy import Policies
 from .session import LuaSession
-from .visit import Visit, now_ns
+from .visit import Errand, Visit, now_ns
 
 if TYPE_CHECKING:
     from blinker import NamedSignal
@@ -52,7 +52,7 @@ class LuaSessionInterface(SessionInterface):
             self.get_cookie_name(app),
             app.config,
             now_ns(),
-            self._notify,
+            self.notify,
         )
         return LuaSession(visit, self._serializer, self._policies)
 
@@ -72,6 +72,16 @@ class LuaSessionInterface(SessionInterface):
             else:
                 response.headers.add("Vary", "Cookie")
 
+    def errand(self, app: Flask, handle: str) -> LuaSession:
+        """Return a session for work from outside of a request; see :meth:`luasession.Sessions.edit`."""
+        visit = Errand(self._store, self._config, handle, app.config, self.notify)
+        return LuaSession(visit, self._serializer, self._policies)
+
+    @property
+    def store(self) -> Store:
+        """Where the sessions are."""
+        return self._store
+
     def regenerate(self, session: LuaSession) -> None:
         """Rotate the id of a session, as Flask-Session's interface does."""
         session.regenerate()
@@ -85,7 +95,8 @@ class LuaSessionInterface(SessionInterface):
             return None
         return datetime.now(UTC) + timedelta(milliseconds=seen.ends_ms - self._store.now_ms())
 
-    def _notify(self, signal: NamedSignal, **about: Any) -> None:
+    def notify(self, signal: NamedSignal, **about: Any) -> None:
+        """Send a signal, with the app as its sender."""
         if signal.receivers and (app := self._app()) is not None:
             signal.send(app, _async_wrapper=app.ensure_sync, **about)
 

@@ -20,6 +20,7 @@ class Code(bytes, Enum):
     APPLIED = b"applied"
     CONFLICT = b"conflict"
     DESTROYED = b"destroyed"
+    ENTRIES = b"entries"
     MISSING = b"missing"
     GONE = b"gone"
     STALE = b"stale"

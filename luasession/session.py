@@ -231,10 +231,12 @@ class LuaSession(SessionMixin):
         Management Cheat Sheet, "Renew the Session ID After Any Privilege Level Change").
 
         :param in_flight: whether requests that are open now may still commit.
-        :raise RuntimeError: once the response has been sent.
+        :raise RuntimeError: once the response has been sent, and outside of a request.
         """
         if self._saved and not self._visit.failed:
             raise RuntimeError("the response has been sent: the session id cannot be replaced any more")
+        if not self._visit.has_browser:
+            raise RuntimeError("there is no browser here that a new session id could be given to")
         self._visit.used = True
         before: Rotation | None = self._changes.get("rotation")
         self._changes["rotation"] = Rotation(in_flight and (before is None or before.in_flight))

@@ -7,10 +7,12 @@ made by a commit goes into the cache of the process on its way.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from threading import Lock
 from types import MappingProxyType
@@ -29,6 +31,10 @@ from .snapshot import Snapshot, read_changes, read_hash
 from .stats import Stats
 
 _NOTHING: Mapping[bytes, bytes | None] = MappingProxyType({})
+# Milliseconds between two touches by those who do not use a session.
+_NEVER = 1 << 47
+# Entries of an index that are looked at when another one is entered.
+_STALE_AT_ONCE = 8
 
 
 class Caller(NamedTuple):
@@ -39,6 +45,16 @@ class Caller(NamedTuple):
     #: Idle lifetime, in milliseconds, of sessions that have none of their own.
     lifetime_ms: int
     patience: Patience
+    #: Whether what it does is use, which keeps a session alive.
+    uses: bool = True
+
+
+class Entry(NamedTuple):
+    """A session in its principal's index."""
+
+    handle: str
+    #: Milliseconds since it was entered.
+    age_ms: int
 
 
 class _Process:
@@ -66,6 +82,8 @@ class Store:
         # What another thread held while it forked, a lock or half a conversation with Redis, is never
         # touched in the child. The hook holds the store weakly, as there is no way to take it back.
         os.register_at_fork(after_in_child=_starter_afresh(weakref.ref(self)))
+        # A request lasts no longer once it waits for Redis, so that by twice that its log-in is through.
+        self._youth_ms = math.ceil(config.redis_deadline * 2000)
         replicas = config.wait_replicas
         # What commit.lua is told each time.
         absolute_ms = config.absolute_ms or 0
@@ -102,6 +120,8 @@ class Store:
         :raise CorruptSession: if what is stored is not a session of a known format.
         """
         here = self._here
+        if not session_id.digest:
+            return self._load(session_id, b"", caller, None)
         entry = None if self._config.cache_ttl is None else here.cache.get(session_id)
         if entry is None:
             snapshot = self._read_whole(session_id, caller)
@@ -144,7 +164,7 @@ class Store:
                 b"%d" % age,
                 base.pair if base else b"",
                 b"%d" % caller.lifetime_ms,
-                b"%d" % self._config.touch_ms(lifetime_ms),
+                b"%d" % (self._config.touch_ms(lifetime_ms) if caller.uses else _NEVER),
                 b"%d" % self._config.grace_ms,
             )
 
@@ -218,9 +238,10 @@ class Store:
         flags = create | delta.cleared << 1
         if delta.rotation is None or delta.rotation.in_flight:
             flags |= 4
-        if config.touch_interval_ms is None:
+        if config.touch_interval_ms is None and caller.uses:
             flags |= 8
-        lifetime_ms, touch_ms = caller.lifetime_ms, config.touch_ms(caller.lifetime_ms)
+        lifetime_ms = caller.lifetime_ms
+        touch_ms = config.touch_ms(lifetime_ms) if caller.uses else _NEVER
         numbers = b"%c%b%b%b" % (flags, lifetime_ms.to_bytes(6), touch_ms.to_bytes(6), self._limits)
         packed = pack_delta(delta, rotate_to.digest if rotate_to else b"")
 
@@ -323,6 +344,74 @@ class Store:
         self._here.cache.drop(handle)
         return bool(code == Code.DESTROYED)
 
+    # -- the index of a principal ---------------------------------------------
+
+    def enter(self, principal: str, handle: str, caller: Caller) -> None:
+        """Enter a session into its principal's index, before the session says so.
+
+        What expired without a log-out is looked for among the oldest entries, and taken out.
+
+        :raise SessionUnavailable: if Redis does not answer within the deadline.
+        """
+        entries = self._index(principal, caller, entered=handle, most=_STALE_AT_ONCE)
+        oldest = [entry.handle for entry in entries if entry.age_ms > caller.lifetime_ms]
+        with suppress(SessionUnavailable, CorruptSession):  # it stays, and the next log-in looks again
+            self.leave(
+                principal, [handle for handle in oldest if not self.owned(principal, handle, caller)], caller
+            )
+
+    def leave(self, principal: str, handles: Sequence[str], caller: Caller) -> None:
+        """Take entries out of a principal's index, save young ones.
+
+        :raise SessionUnavailable: if Redis does not answer within the deadline.
+        """
+        if handles:
+            self._index(principal, caller, taken_out=handles, most=0)
+
+    def entries(self, principal: str, caller: Caller) -> list[Entry]:
+        """Return a principal's index, the oldest entry first.
+
+        :raise SessionUnavailable: if Redis does not answer within the deadline.
+        """
+        return self._index(principal, caller)
+
+    def owned(self, principal: str, handle: str, caller: Caller) -> Snapshot | None:
+        """Return a session if it is there and says that it is the principal's.
+
+        :raise SessionUnavailable: if Redis does not answer within the deadline.
+        """
+        snapshot = self.load(SessionId.without_secret(handle), caller).snapshot
+        return snapshot if snapshot is not None and snapshot.principal == principal else None
+
+    def is_young(self, entry: Entry) -> bool:
+        """Whether the log-in behind an entry may still be on its way."""
+        return entry.age_ms < self._youth_ms
+
+    def _index(
+        self,
+        principal: str,
+        caller: Caller,
+        *,
+        entered: str = "",
+        taken_out: Sequence[str] = (),
+        most: int = -1,
+    ) -> list[Entry]:
+        digest = hashlib.sha256(principal.encode("utf-8", "surrogatepass")).hexdigest()
+        absolute_ms = self._config.absolute_ms or 0
+        packed = (
+            entered.encode(),
+            b"%d" % self._youth_ms,
+            b"%d" % (absolute_ms + self._youth_ms if absolute_ms else 0),
+            b"%d" % most,
+            "".join(taken_out).encode(),
+        )
+        _sent, (_code, _id, now_us, *items) = self._run(
+            "index", f"principal:{digest}", new_write_id(), caller, lambda _age, _resend: packed, self._wait
+        )
+        now_ms = int.from_bytes(now_us) // 1000
+        pairs = zip(items[::2], items[1::2], strict=True)
+        return [Entry(handle.decode(), max(now_ms - int(float(moment)), 0)) for handle, moment in pairs]
+
     # -- the process --------------------------------------------------------
 
     def now_ms(self) -> int:
@@ -362,7 +451,7 @@ class Store:
         # Best effort: without it the first calls cost an EVAL each, and the clock comes with their reply.
         once = Patience(0)
         with suppress(SessionUnavailable):
-            for name in ("load", "commit", "destroy"):
+            for name in ("load", "commit", "destroy", "index"):
                 words = (b"SCRIPT", b"LOAD", script(name).text)
                 client.call(lambda *_, words=words: words, _is_sha, once)
             sent, (seconds, microseconds) = client.call(lambda *_: (b"TIME",), _is_time, once)

@@ -11,6 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,12 @@ class Visit:
     _id: SessionId | None = None
     _touched = False
     _closed = False
+    # Whose the session is, as far as this request knows.
+    _principal: str | None = None
+    # Where this request has entered which session, and the monotonic nanosecond when it did.
+    _entered: tuple[str, str, int] | None = None
+    #: Whether there is a browser that a new id could be given to.
+    has_browser = True
     #: How this request stands to the session; None until Redis has been asked.
     standing: Standing | None = None
     #: The id that a commit of this request made; the response has to carry it.
@@ -75,7 +82,7 @@ class Visit:
         self,
         store: Store,
         config: Config,
-        request: Request,
+        request: Request | None,
         name: str,
         settings: Mapping[str, Any],
         opened: int,
@@ -84,7 +91,7 @@ class Visit:
         self._store = store
         #: The app's configuration.
         self.config = config
-        self._request: Request | None = request
+        self._request = request
         self._settings = settings
         self._opened = opened
         #: Sends a signal.
@@ -151,6 +158,7 @@ class Visit:
             if snapshot is not None:
                 self.standing = Standing.LIVE
                 self.seen = snapshot
+                self._principal = snapshot.principal
                 return snapshot
         try:
             return self.reload()
@@ -170,6 +178,7 @@ class Visit:
         if loaded.snapshot is None:
             return None
         self.seen = loaded.snapshot
+        self._principal = loaded.snapshot.principal
         self._note_touch(loaded.touched)
         if loaded.snapshot.version < self._hint:
             # A failover took versions back: a hint that stays above would have everybody confirm forever.
@@ -189,12 +198,14 @@ class Visit:
         if self._id is None or self.standing is Standing.MISSING:
             return self.create(delta)
         rotate_to = self._id.rotated(self.config.id_length) if delta.rotation else None
+        self._enter(self._id, delta)
         result = self._store.commit(self._id, delta, self.caller, rotate_to=rotate_to)
         if isinstance(result, Applied):
             self.standing = Standing.FORMER if result.former else Standing.LIVE
             if rotate_to:
                 self._id = self.issued = rotate_to
             self._note_commit(result)
+            self._move_entry(self._id, delta)
         elif isinstance(result, Refused):
             self.standing = result.standing
             if result.standing is Standing.MISSING:
@@ -214,13 +225,18 @@ class Visit:
             delta = delta._replace(permanent=self.config.permanent)
         session_id = new_session_id(self.config.id_length)
         self._hint = 0
+        self._principal = None
+        self._enter(session_id, delta)
         result = self._store.create(session_id, delta, self.caller)
         if isinstance(result, Refused):
-            raise SessionUnavailable("the new session was not accepted")
+            # Nobody else knows the handle, save who found it in its principal's index and ended it there.
+            self.standing = Standing.GONE
+            return Refused(Standing.GONE)
         self._id = self.issued = session_id
         self.standing = Standing.LIVE
         self.ended = False
         self._note_commit(result)
+        self._move_entry(session_id, delta)
         return result
 
     def destroy(self) -> bool:
@@ -229,10 +245,39 @@ class Visit:
         if self._id is None or self.standing in (Standing.MISSING, Standing.GONE):
             return False
         destroyed = self._store.destroy(self._id.handle, self._id.digest, self.caller)
+        self._leave(self._id)
         self.standing = Standing.MISSING
         self.issued = self.made = None
         self.ended = destroyed
         return destroyed
+
+    def _enter(self, session_id: SessionId, delta: Delta) -> None:
+        # Before the session says so: whoever ends all sessions of the principal finds it in any case.
+        principal = delta.principal.value if delta.principal else None
+        handle = session_id.handle
+        if principal is not None and (self._entered is None or self._entered[:2] != (principal, handle)):
+            self._entered = (principal, handle, now_ns())
+            self._store.enter(principal, handle, self.caller)
+
+    def _move_entry(self, session_id: SessionId, delta: Delta) -> None:
+        if delta.principal is None and not delta.cleared:
+            return
+        principal = delta.principal.value if delta.principal else None
+        if principal != self._principal:
+            self._leave(session_id)
+        self._principal = principal
+        if principal is None or self._entered is None:
+            return
+        if now_ns() - self._entered[2] > self.config.redis_deadline * 1e9:
+            # It took so long that the entry may have been taken for a stale one meanwhile.
+            self._store.enter(principal, session_id.handle, self.caller)
+
+    def _leave(self, session_id: SessionId) -> None:
+        principal, self._principal = self._principal, None
+        if principal is not None:
+            # A stale entry does no harm: whoever meets it sees that the session says otherwise.
+            with suppress(SessionUnavailable):
+                self._store.leave(principal, [session_id.handle], self.caller)
 
     def touch(self, snapshot: Snapshot) -> None:
         """Refresh the TTL of a session that was only read, if that is due.
@@ -280,6 +325,31 @@ class Visit:
         if applied.version != self._hint + 1:
             self.others_wrote = True
         self._hint = self.made = applied.version
+
+
+class Errand(Visit):
+    """Dealings with one session from outside of a request: no browser, no cookies, no use of it.
+
+    :param handle: the session; whatever secret is current will do.
+    """
+
+    has_browser = False
+
+    def __init__(
+        self,
+        store: Store,
+        config: Config,
+        handle: str,
+        settings: Mapping[str, Any],
+        notify: Callable[..., None],
+    ) -> None:
+        super().__init__(store, config, None, "", settings, now_ns(), notify)
+        self._id = SessionId.without_secret(handle)
+        self._caller = self.caller._replace(uses=False)
+
+    def create(self, delta: Delta) -> Applied | Refused:  # noqa: ARG002 - it is what a visit takes
+        """Start none: there is nobody to give it to."""
+        return Refused(Standing.MISSING)
 
 
 _ENDED = (Standing.GONE, Standing.STALE)

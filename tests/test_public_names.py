@@ -46,7 +46,17 @@ COUNTERS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["Session", "LuaSession", "LuaSessionInterface", "retry_on_conflict", *ERRORS, *SIGNALS]
+    "name",
+    [
+        "Session",
+        "Sessions",
+        "SessionInfo",
+        "LuaSession",
+        "LuaSessionInterface",
+        "retry_on_conflict",
+        *ERRORS,
+        *SIGNALS,
+    ],
 )
 def test_importable(name: str) -> None:
     """Everything public is importable from luasession, and documented."""
@@ -70,7 +80,7 @@ def test_nothing_else_is_public() -> None:
     names = {name for name in vars(luasession) if not name.startswith("_")}
     modules = {name for name in names if inspect.ismodule(getattr(luasession, name))}
     assert names - modules == {
-        *("Session", "Sessions", "LuaSession", "LuaSessionInterface", "retry_on_conflict"),
+        *("Session", "Sessions", "LuaSession", "LuaSessionInterface", "retry_on_conflict", "SessionInfo"),
         *ERRORS,
         *SIGNALS,
     }

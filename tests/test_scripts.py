@@ -10,8 +10,10 @@ import pytest
 
 from luasession.scripts import Code, script
 
-NAMES = ("load", "commit", "destroy")
+NAMES = ("load", "commit", "destroy", "index")
 COMMANDS = {"HSET", "HGET", "HMGET", "HGETALL", "HDEL", "HLEN", "HSTRLEN", "PEXPIRE", "PTTL", "DEL", "TIME"}
+# Of the principal's index, a key of its own.
+INDEX_COMMANDS = {"ZADD", "ZREM", "ZRANGE", "ZSCORE", "PTTL", "PEXPIRE", "TIME"}
 
 
 def parts(name: str) -> tuple[str, str]:
@@ -57,15 +59,16 @@ def test_one_key_and_baseline_commands(name: str) -> None:
     _, body = parts(name)
     calls = re.findall(r"redis\.p?call\('(\w+)'(?:, (\w+))?", body)
     assert len(calls) == len(re.findall(r"redis\.p?call\(", body))
-    assert {command for command, _ in calls} <= COMMANDS
-    assert {key for command, key in calls if command != "TIME"} == {"session"}
-    assert "local session = KEYS[1]\n" in body
+    key = "index" if name == "index" else "session"
+    assert {command for command, _ in calls} <= (INDEX_COMMANDS if name == "index" else COMMANDS)
+    assert {key for command, key in calls if command != "TIME"} == {key}
+    assert f"local {key} = KEYS[1]\n" in body
     assert not script(name).text.startswith(b"#!")
     assert "cjson" not in body
 
 
 def test_the_package_carries_the_scripts() -> None:
-    """The installed package, or the checkout that it runs from, holds the three scripts and nothing else."""
+    """The installed package, or the checkout that it runs from, holds the scripts and nothing else."""
     installed = files("luasession") / "lua"
     folder = installed if installed.is_dir() else Path(__file__).parents[1] / "lua"
-    assert sorted(entry.name for entry in folder.iterdir()) == ["commit.lua", "destroy.lua", "load.lua"]
+    assert sorted(entry.name for entry in folder.iterdir()) == [f"{name}.lua" for name in sorted(NAMES)]
