@@ -120,7 +120,7 @@ class LuaSessionInterface(SessionInterface):
         name = visit.name
         caching = self._config.cache_ttl is not None
         attributes = self._attributes(app)
-        others = response.headers.getlist("Set-Cookie") if visit.issued else []
+        others = response.headers.getlist("Set-Cookie") if visit.issued or visit.ended else []
         if visit.ended:
             for cookie in (name, f"{name}_v", f"{name}_o") if caching else (name,):
                 response.delete_cookie(cookie, **attributes)

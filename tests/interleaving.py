@@ -846,7 +846,7 @@ def _jar(jar: Mapping[str, str], answers: Sequence[Sequence[str]]) -> dict[str, 
 
 
 def _name_of(sha: bytes) -> str:
-    return next(name for name in ("load", "commit", "destroy") if script(name).sha == sha)
+    return next(name for name in ("load", "commit", "destroy", "index") if script(name).sha == sha)
 
 
 def _told(delta: Delta) -> str:

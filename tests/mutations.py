@@ -316,6 +316,20 @@ MUTATIONS = (
         "answer('missing')",
         _valkey("test_g6_exactly_once.py::test_a_log_out_whose_reply_is_lost_is_a_log_out"),
     ),
+    Mutation(
+        "youth of an entry",
+        "index",
+        "if moment and now - tonumber(moment) >= youth then",
+        "if moment then",
+        ("test_principals.py::test_log_in_against_log_out_everywhere[True-new visitor]",),
+    ),
+    Mutation(
+        "an index of sessions without an end",
+        "index",
+        "needed > 0 and left ~= -1 and left < needed",
+        "needed > 0",
+        _valkey("test_principals.py::test_an_index_is_kept_for_the_longest_session"),
+    ),
 )
 
 
@@ -325,7 +339,7 @@ def mutated(name: str) -> Iterator[None]:
     mutation = next(mutation for mutation in MUTATIONS if mutation.name == name)
     folder = luasession.scripts._folder()
     with tempfile.TemporaryDirectory() as copies:
-        for script in ("load", "commit", "destroy"):
+        for script in ("load", "commit", "destroy", "index"):
             text = (folder / f"{script}.lua").read_text()
             if script == mutation.script:
                 assert text.count(mutation.old) == 1, f"{name}: not once in {script}.lua: {mutation.old}"

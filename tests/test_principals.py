@@ -237,6 +237,17 @@ def test_an_index_ends_with_the_last_absolute_lifetime(make_app: MakeApp) -> Non
             assert (left == -1) if seconds is None else client.pttl(app.prefix + handle) < left < 3_610_000
 
 
+def test_an_index_is_kept_for_the_longest_session(make_app: MakeApp) -> None:
+    """An app with an absolute lifetime does not shorten an index that holds sessions without one."""
+    app = make_app()
+    log_in(app.browser())
+    limited = app.another(SESSION_ABSOLUTE_LIFETIME=60)
+    log_in(limited.browser())
+    assert app.server is not None
+    with app.server.client() as client:
+        assert client.pttl(index_key(app)) == -1
+
+
 def test_looking_keeps_no_session_alive(make_app: MakeApp) -> None:
     """sessions_of and edit without a change refresh no TTL, whatever the touch interval."""
     app = make_app(SESSION_TOUCH_INTERVAL=0)

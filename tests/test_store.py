@@ -49,7 +49,7 @@ def test_the_first_use_loads_the_scripts(make_app: MakeApp) -> None:
     with app.server.counting() as commands:
         browser.run(lambda: session.update(a=1))
         browser.run(lambda: session.update(b=1))
-    assert commands.names == ["SCRIPT LOAD"] * 3 + ["TIME"] + ["EVALSHA"] * 2
+    assert commands.names == ["SCRIPT LOAD"] * 4 + ["TIME"] + ["EVALSHA"] * 2
     assert app.stats()["script_reloads"] == 0
 
 
