@@ -21,7 +21,7 @@ from luasession.scripts import script
 ROOT = Path(__file__).parents[1]
 #: Outside of a checkout the suite tests an installed wheel: there is nothing to build there.
 IS_CHECKOUT = (ROOT / "pyproject.toml").exists()
-SCRIPTS = {"commit.lua", "destroy.lua", "load.lua"}
+SCRIPTS = {"commit.lua", "destroy.lua", "index.lua", "load.lua"}
 SOURCES = (
     "luasession",
     "lua",
