@@ -110,6 +110,11 @@ class LuaSession(SessionMixin):
         With nothing set after it the session is destroyed at the end of the request.
         """
         self._visit.used = True
+        if self._destroyed:
+            # What there was ends anyway; only what was set since is to go.
+            self._start()
+            self._ledger.start_from(None)
+            return
         self._ledger.clear()
         self._changes |= {
             "permanent": self._visit.config.permanent,
