@@ -246,9 +246,12 @@ class Visit:
             return False
         destroyed = self._store.destroy(self._id.handle, self._id.digest, self.caller)
         self._leave(self._id)
-        self.standing = Standing.MISSING
         self.issued = self.made = None
         self.ended = destroyed
+        if destroyed:
+            self.standing = Standing.MISSING
+        # Else somebody was faster, and what is set afterwards is told so: it may have ended while this
+        # request was open, and then starts no other one (G7).
         return destroyed
 
     def _enter(self, session_id: SessionId, delta: Delta) -> None:
