@@ -21,7 +21,9 @@ def write_id(number: int) -> bytes:
     return struct.pack(">8s", b"w%d" % number)
 
 
-def identity(secret: str = "secret", *, created_ms: int = NOW_MS, absolute_ms: int = 0, form: int = 1) -> bytes:
+def identity(
+    secret: str = "secret", *, created_ms: int = NOW_MS, absolute_ms: int = 0, form: int = 1
+) -> bytes:
     """Return the metadata field ``@i``."""
     return b"%c%b%b%b" % (form, digest_of(secret), created_ms.to_bytes(6), absolute_ms.to_bytes(6))
 

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cachetools import Cache
@@ -255,57 +256,45 @@ def test_threads_do_not_break_it(eager_switches: None) -> None:
     cache = SnapshotCache(bound)
     handles = [f"{n:022}" for n in range(40)]
     barrier = threading.Barrier(8)
-    errors: list[BaseException] = []
 
     def hammer(seed: int) -> None:
         chance = random.Random(seed)
         barrier.wait(10)
-        try:
-            for n in range(1500):
-                handle = chance.choice(handles)
-                match chance.randrange(4):
-                    case 0:
-                        cache.put(handle, sized(chance.randrange(1, 2000), n), n)
-                    case 1:
-                        entry = cache.get(SessionId(handle, SECRET))
-                        if entry is not None:
-                            newer = sized(50, n)
-                            cache.advance(handle, entry.snapshot.pair, lambda _, newer=newer: newer, n)
-                    case 2:
-                        cache.get(SessionId(handle, SECRET))
-                    case _:
-                        cache.drop(handle)
-        except BaseException as error:
-            errors.append(error)
+        for n in range(1500):
+            handle = chance.choice(handles)
+            match chance.randrange(4):
+                case 0:
+                    cache.put(handle, sized(chance.randrange(1, 2000), n), n)
+                case 1:
+                    entry = cache.get(SessionId(handle, SECRET))
+                    if entry is not None:
+                        newer = sized(50, n)
+                        cache.advance(handle, entry.snapshot.pair, lambda _, newer=newer: newer, n)
+                case 2:
+                    cache.get(SessionId(handle, SECRET))
+                case _:
+                    cache.drop(handle)
 
-    threads = [threading.Thread(target=hammer, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(hammer, range(8)))
     assert bytes_held(cache) == cache._entries.currsize <= bound
     for handle in handles:
         cache.drop(handle)
     assert (len(cache._entries), cache._entries.currsize) == (0, 0)
 
 
-def test_no_two_advances_on_one_pair(eager_switches: None) -> None:
+@pytest.mark.parametrize("_turn", range(20))
+def test_no_two_advances_on_one_pair(eager_switches: None, _turn: int) -> None:
     """Of threads that advance the same entry at once one finds it, and the others drop what it left."""
-    for _ in range(50):
-        cache, base = SnapshotCache(100_000), image(1)
-        cache.put(A.handle, base, 1)
-        barrier = threading.Barrier(4)
-        made: list[Snapshot | None] = []
+    cache, base = SnapshotCache(100_000), image(1)
+    cache.put(A.handle, base, 1)
+    barrier = threading.Barrier(4)
 
-        def advance(n: int) -> None:
-            newer = Snapshot(identity(), state(2, by=b"%08d" % n), {})
-            barrier.wait(10)
-            made.append(cache.advance(A.handle, base.pair, lambda _: newer, 2))
+    def advance(n: int) -> Snapshot | None:
+        newer = Snapshot(identity(), state(2, by=b"%08d" % n), {})
+        barrier.wait(10)
+        return cache.advance(A.handle, base.pair, lambda _: newer, 2)
 
-        threads = [threading.Thread(target=advance, args=(n,)) for n in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sum(snapshot is not None for snapshot in made) == 1
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(advance, range(4)))
+    assert sum(snapshot is not None for snapshot in made) == 1

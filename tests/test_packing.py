@@ -135,7 +135,14 @@ def test_one_read_of_a_star_is_not_all_reads() -> None:
 
 @pytest.mark.parametrize(
     ("text", "packed"),
-    [(None, b"-"), ("", b"="), ("-", b"=-"), ("=", b"=="), ("ключ", "=ключ".encode()), ("\ud800", b"=\xed\xa0\x80")],
+    [
+        (None, b"-"),
+        ("", b"="),
+        ("-", b"=-"),
+        ("=", b"=="),
+        ("ключ", "=ключ".encode()),
+        ("\ud800", b"=\xed\xa0\x80"),
+    ],
 )
 def test_a_text_or_its_removal(text: str | None, packed: bytes) -> None:
     """No text, the empty one included, looks like a removal or like no change; lone surrogates pass."""

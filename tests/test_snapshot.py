@@ -64,7 +64,9 @@ def test_the_parts_of_the_metadata() -> None:
     """Each property reads its own bytes of ``@i`` and ``@v``."""
     snapshot = Snapshot(
         identity("mine", created_ms=NOW_MS - 1),
-        state(7, by=b"write-id", touched_ms=NOW_MS - 2, ends_ms=NOW_MS - 3, size=4_000_000_000, permanent=True),
+        state(
+            7, by=b"write-id", touched_ms=NOW_MS - 2, ends_ms=NOW_MS - 3, size=4_000_000_000, permanent=True
+        ),
         {},
     )
     assert snapshot.digest == digest_of("mine")
@@ -159,7 +161,10 @@ CORRUPT: dict[str, tuple[dict[bytes, bytes], str]] = {
     "a short state": (whole(v=state()[:-1]), WRONG_FORM),
     "a long state": (whole(v=state() + b"\0"), WRONG_FORM),
     "an older format": (whole(i=identity(form=0)), WRONG_FORM),
-    "a newer format": (whole(i=identity(form=2)), "of format 2, written by a newer luasession; this one reads format 1"),
+    "a newer format": (
+        whole(i=identity(form=2)),
+        "of format 2, written by a newer luasession; this one reads format 1",
+    ),
     "a lifetime that is no number": (whole(v=state(rare=True), e=b"soon"), "does not decode"),
     "a principal that is no text": (whole(v=state(rare=True), p=b"\xff"), "does not decode"),
     "a label that is no text": (whole(v=state(rare=True), l=b"\xff"), "does not decode"),
@@ -205,7 +210,22 @@ def test_no_cut_of_the_deadlines_is_taken_for_fewer(cut: int) -> None:
 def test_changes_are_laid_over_the_base() -> None:
     """New values replace, nulls delete, what is not named stays, and the base is left as it was."""
     base = image(1, a=b"1", b=b"2", c=b"3")
-    reply = [identity("new"), state(2), None, None, None, None, b"a", b"9", b"b", None, b"d", b"4", b"x", None]
+    reply = [
+        identity("new"),
+        state(2),
+        None,
+        None,
+        None,
+        None,
+        b"a",
+        b"9",
+        b"b",
+        None,
+        b"d",
+        b"4",
+        b"x",
+        None,
+    ]
     changed = read_changes(base, reply)
     assert changed == Snapshot(identity("new"), state(2), {b"a": b"9", b"c": b"3", b"d": b"4"})
     assert base == image(1, a=b"1", b=b"2", c=b"3")

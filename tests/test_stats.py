@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -88,11 +89,9 @@ def test_threads_lose_no_count(eager_switches: None) -> None:
             if counts["bytes"] != 3 * counts["loads"]:
                 torn.append(counts)
 
-    threads = [threading.Thread(target=count) for _ in range(8)] + [threading.Thread(target=look)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(9) as threads:
+        for done in [*(threads.submit(count) for _ in range(8)), threads.submit(look)]:
+            done.result()
     assert torn == []
     assert stats.counts()["loads"] == 4000
     assert stats.counts()["bytes"] == 12_000
