@@ -137,6 +137,7 @@ LIFE = {
     "SESSION_MERGE": {"hits": merge.add, "strict": "raise"},
     "SESSION_TOUCH_INTERVAL": 0,
     "SESSION_CACHE_TTL": 0,
+    "SESSION_REDIS_DEADLINE": 0,  # so that no entry of the index is too young to be taken out
 }
 
 
