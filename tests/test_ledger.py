@@ -152,10 +152,12 @@ def test_setting_what_is_there_is_no_change() -> None:
     assert changes(ledger) == {"a": 1}
     ledger.get("a")
     assert changes(ledger) == {"a": 1}, "it was blind when it was set, and is read from what was set"
-    ledger = ledger_of(holding(a=1))
+    ledger = ledger_of(holding(a=1, b=1))
     ledger.get("a")
     ledger.set("a", 1)
     assert not ledger.delta()
+    ledger.set("b", 1)
+    assert changes(ledger) == {"b": 1}, "a snapshot that was loaded for another key makes it no less blind"
     ledger.set("a", True)
     assert changes(ledger)["a"] is True
 
@@ -205,7 +207,10 @@ def test_set_and_deleted_again_where_it_was_not() -> None:
     blind = ledger_of(holding(a=1))
     blind.set("b", 1)
     blind.delete("b")
-    assert changes(blind) == {"b": merge.MISSING}
+    blind.get("a")
+    assert blind.delta().deletes == {b"b": Check.NONE}, (
+        "never looked at, it is nothing to be in conflict about"
+    )
 
 
 def test_clearing_reads_nothing() -> None:
@@ -220,6 +225,8 @@ def test_clearing_reads_nothing() -> None:
         ledger.get("a")
     delta = ledger.delta()
     assert (delta.cleared, list(delta.sets), dict(delta.deletes), source.loads) == (True, [b"c"], {}, 0)
+    ledger.delete("c")
+    assert ledger.delta() == Delta(cleared=True)
 
 
 def test_what_cannot_be_stored_names_its_key() -> None:
@@ -354,6 +361,9 @@ def test_a_whole_session_of_ones_own() -> None:
     assert whole.sets[b"c"].ttl_ms == 50
     assert (whole.principal, whole.label, whole.lifetime_ms) == (Change("ada"), Change("mine"), 9)
     assert (whole.deletes, whole.permanent) == ({}, False)
+    changed = ledger.whole(ledger.delta()._replace(principal=Change("bob"), lifetime_ms=0, permanent=True))
+    assert (changed.principal, changed.label) == (Change("bob"), Change("phone"))
+    assert (changed.lifetime_ms, changed.permanent) == (0, True)
     cleared = ledger.delta()._replace(cleared=True)
     assert ledger.whole(cleared) is cleared
 
@@ -499,6 +509,19 @@ def test_others_between_stay_unseen() -> None:
     ledger.set("b", 2)
     settle(ledger, version=9, replaced=holding(8).pair)
     assert ledger.position == (holding(1).pair, (write_id(5), write_id(9)))
+
+
+def test_after_a_clear_all_is_known() -> None:
+    """Who cleared has seen everything up to his own commit, whatever others did before it."""
+    source = Source(holding(1, a=1))
+    ledger = ledger_of(None, source=source)
+    ledger.get("a")
+    ledger.clear()
+    ledger.set("b", 2)
+    settle(ledger, version=5, replaced=holding(4).pair)
+    assert ledger.position == (holding(5).pair, ())
+    assert list(ledger.keys()) == ["b"]
+    assert not ledger.cleared
 
 
 def test_a_blind_commit_loads_nothing() -> None:
