@@ -204,7 +204,7 @@ def test_set_and_deleted_again_where_it_was_not() -> None:
     ledger.set("b", 1)
     ledger.delete("b")
     assert not ledger.delta()
-    blind = ledger_of(holding(a=1))
+    blind = ledger_of(holding(a=1, b=5))
     blind.set("b", 1)
     blind.delete("b")
     blind.get("a")
