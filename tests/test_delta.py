@@ -1,0 +1,151 @@
+"""Deltas: what counts as a change, what starts a session, and what a delta makes of a snapshot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luasession.delta import Change, Check, Delta, Put, Rotation
+from luasession.snapshot import Snapshot
+
+from .images import NOW_MS, identity, image, state
+
+NAMES = st.sampled_from([b"a", b"b", b"c", b"@@d"])
+CHANGES = st.none() | st.builds(Change, st.sampled_from([None, "ada", "bob"]))
+PUTS = st.builds(Put, st.sampled_from([b"1", b"2"]), st.sampled_from(Check), st.sampled_from([0, 0, 1, 500]))
+
+
+@st.composite
+def deltas(draw: st.DrawFn) -> Delta:
+    """What a request can make: no field is both set and deleted."""
+    sets = draw(st.dictionaries(NAMES, PUTS, max_size=3))
+    deletes = draw(st.dictionaries(NAMES, st.sampled_from(Check), max_size=3))
+    return Delta(
+        sets=sets,
+        deletes={name: check for name, check in deletes.items() if name not in sets},
+        cleared=draw(st.booleans()),
+        permanent=draw(st.sampled_from([None, True, False])),
+        lifetime_ms=draw(st.sampled_from([None, 0, 5000])),
+        principal=draw(CHANGES),
+        label=draw(CHANGES),
+    )
+
+
+class Model:
+    """A session as one would write it down with dicts: fields, the moments they end at, attributes."""
+
+    def __init__(self) -> None:
+        self.now = NOW_MS
+        self.fields: dict[bytes, tuple[bytes, int | None]] = {}
+        self.attributes: dict[str, Any] = {"lifetime_ms": None, "principal": None, "label": None}
+
+    def apply(self, delta: Delta) -> None:
+        if delta.cleared:
+            self.fields.clear()
+            self.attributes = dict.fromkeys(self.attributes)
+        # Whoever commits takes out what is past its end.
+        self.fields = {
+            name: (value, end)
+            for name, (value, end) in self.fields.items()
+            if name not in delta.deletes and (end is None or end > self.now)
+        }
+        for name, put in delta.sets.items():
+            self.fields[name] = put.value, self.now + put.ttl_ms if put.ttl_ms else None
+        if delta.lifetime_ms is not None:
+            self.attributes["lifetime_ms"] = delta.lifetime_ms or None
+        for name in ("principal", "label"):
+            change = getattr(delta, name)
+            if change:
+                self.attributes[name] = change.value
+
+    def matches(self, snapshot: Snapshot) -> bool:
+        ends = {name: end for name, (_, end) in self.fields.items() if end is not None}
+        attributes = {name: getattr(snapshot, name) for name in self.attributes}
+        values = {name: value for name, (value, _) in self.fields.items()}
+        return (snapshot.fields, snapshot.deadlines, attributes) == (values, ends, self.attributes)
+
+
+@given(steps=st.lists(st.tuples(deltas(), st.sampled_from([0, 1, 400])), max_size=8))
+def test_over_against_a_model(steps: list[tuple[Delta, int]]) -> None:
+    """Laid over one another, deltas make what a plain dict model makes, ends of fields included."""
+    model, snapshot = Model(), None
+    for number, (delta, passes) in enumerate(steps, 1):
+        model.now += passes
+        model.apply(delta)
+        snapshot = delta.over(snapshot, identity(), state(number), model.now)
+        assert snapshot.version == number
+        assert model.matches(snapshot), (model.fields, snapshot)
+
+
+@given(first=deltas(), then=deltas())
+def test_a_snapshot_is_not_changed_by_what_is_laid_over_it(first: Delta, then: Delta) -> None:
+    """The base stays as it was: a request that works on it sees one version to its end (G4)."""
+    base = first.over(None, identity(), state(1), NOW_MS)
+    fields, deadlines = dict(base.fields), dict(base.deadlines)
+    then.over(base, identity(), state(2), NOW_MS + 10_000)
+    assert (dict(base.fields), dict(base.deadlines)) == (fields, deadlines)
+
+
+def test_over_takes_the_metadata_as_it_is_given() -> None:
+    """Digest, version, size and permanence are those of the reply, not reckoned here."""
+    changed = Delta(sets={b"a": Put(b"1")}, permanent=False).over(
+        image(1, "old", a=b"0"), identity("new"), state(2, size=77, permanent=True), NOW_MS
+    )
+    assert (changed.identity, changed.version) == (identity("new"), 2)
+    assert (changed.size, changed.permanent) == (77, True)
+
+
+def test_a_field_set_again_without_an_end_stays() -> None:
+    """Setting a key without a ttl takes its end away; deleting it does, too."""
+    ending = Delta(sets={b"a": Put(b"1", ttl_ms=5), b"b": Put(b"1", ttl_ms=5)}).over(
+        None, identity(), state(), NOW_MS
+    )
+    assert ending.deadlines == {b"a": NOW_MS + 5, b"b": NOW_MS + 5}
+    then = Delta(sets={b"a": Put(b"2")}, deletes={b"b": Check.NONE})
+    assert then.over(ending, identity(), state(2), NOW_MS + 1).deadlines == {}
+
+
+@pytest.mark.parametrize(("passed", "there"), [(4, True), (5, False), (6, False)])
+def test_an_end_is_past_from_its_millisecond_on(passed: int, there: bool) -> None:
+    """A commit takes out what ends in its own millisecond, and leaves what ends in the next."""
+    ending = Delta(sets={b"a": Put(b"1", ttl_ms=5)}).over(None, identity(), state(), NOW_MS)
+    after = Delta(sets={b"b": Put(b"1")}).over(ending, identity(), state(2), NOW_MS + passed)
+    assert (b"a" in after.fields, b"a" in after.deadlines) == (there, there)
+
+
+CHANGING = {
+    "set": Delta(sets={b"a": Put(b"")}),
+    "deleted": Delta(deletes={b"a": Check.NONE}),
+    "cleared": Delta(cleared=True),
+    "rotated": Delta(rotation=Rotation()),
+    "rotated, nothing in flight": Delta(rotation=Rotation(in_flight=False)),
+    "not permanent": Delta(permanent=False),
+    "no lifetime any more": Delta(lifetime_ms=0),
+    "no principal any more": Delta(principal=Change(None)),
+    "no label any more": Delta(label=Change(None)),
+    "an empty label": Delta(label=Change("")),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_what_is_a_change(name: str) -> None:
+    """Each part of a delta makes it one, the "none any more" of an attribute included."""
+    assert CHANGING[name]
+
+
+def test_what_was_read_is_no_change() -> None:
+    """A base, own commits and reads do not make a delta (G2)."""
+    assert not Delta()
+    assert not Delta(base=b"p" * 12, own=(b"w" * 8,), reads=None)
+    assert not Delta(reads=frozenset([b"a"]))
+
+
+def test_what_starts_a_session() -> None:
+    """A field, or a principal; no other attribute by itself, no deletion, and no end of a principal."""
+    assert CHANGING["set"].creates
+    assert Delta(principal=Change("ada")).creates
+    assert Delta(principal=Change("")).creates
+    assert [name for name, delta in CHANGING.items() if delta.creates] == ["set"]

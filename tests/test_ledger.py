@@ -1,0 +1,643 @@
+"""The ledger: what is read, what changes, and what of it becomes a delta; without Redis or Flask."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from luasession import SessionConflict, merge
+from luasession.codec import make_serializer
+from luasession.delta import Change, Check, Delta, Put
+from luasession.ledger import Ledger
+from luasession.outcome import Applied, Conflicting
+from luasession.policy import Policies
+from luasession.snapshot import Snapshot, field_name
+
+from .images import NOW_MS, identity, image, state, write_id
+
+CODEC = make_serializer("json")
+
+
+def raw(value: Any) -> bytes:
+    encoded = CODEC.dumps(value)
+    return encoded if isinstance(encoded, bytes) else encoded.encode()
+
+
+def holding(version: int = 1, /, **values: Any) -> Snapshot:
+    """Return a snapshot of these values."""
+    return image(version, **{key: raw(value) for key, value in values.items()})
+
+
+class Source:
+    """Gives one snapshot, and counts how often it is asked for it."""
+
+    def __init__(self, snapshot: Snapshot | None) -> None:
+        self.snapshot = snapshot
+        self.loads = 0
+        self.now_ms = NOW_MS
+        self.corrupted: list[tuple[str, str]] = []
+
+    def load(self) -> Snapshot | None:
+        self.loads += 1
+        return self.snapshot
+
+    def corrupt(self, key: str, error: Exception) -> None:
+        self.corrupted.append((key, type(error).__name__))
+
+
+def ledger_of(
+    snapshot: Snapshot | None, policy: Any = "overwrite", *, source: Source | None = None, **by_key: Any
+) -> Ledger:
+    return Ledger(source or Source(snapshot), CODEC, Policies(policy, by_key))
+
+
+def changes(ledger: Ledger) -> dict[str, Any]:
+    """Return what the delta sets and deletes, decoded."""
+    delta = ledger.delta()
+    sets = {name.decode(): CODEC.loads(put.value) for name, put in delta.sets.items()}
+    return sets | {name.decode(): merge.MISSING for name in delta.deletes}
+
+
+# Reading.
+
+
+def test_one_snapshot_for_all_reads() -> None:
+    """It is loaded at the first read and never again, nor where it is not needed (G4)."""
+    source = Source(holding(a=1, b=2))
+    ledger = ledger_of(None, source=source)
+    ledger.set("c", 3)
+    assert (source.loads, ledger.loaded) == (0, None)
+    assert (ledger.get("c"), source.loads) == (3, 0)
+    assert (ledger.get("a"), ledger.get("b"), list(ledger.keys())) == (1, 2, ["a", "b", "c"])
+    with pytest.raises(KeyError, match="d"):
+        ledger.get("d")
+    assert source.loads == 1
+    assert ledger.loaded is source.snapshot
+
+
+def test_no_session_is_asked_for_once() -> None:
+    """That there is none is known after the first read, too."""
+    source = Source(None)
+    ledger = ledger_of(None, source=source)
+    for _ in range(3):
+        with pytest.raises(KeyError):
+            ledger.get("a")
+    assert list(ledger.keys()) == []
+    assert source.loads == 1
+
+
+def test_a_value_is_decoded_once() -> None:
+    """The same object comes back each time, so that a change in place is seen by later reads."""
+    ledger = ledger_of(holding(cart=[1]))
+    ledger.get("cart").append(2)
+    assert ledger.get("cart") == [1, 2]
+
+
+@pytest.mark.parametrize("key", [1, None, b"a", ("a",)])
+def test_what_is_no_str_is_missing(key: Any) -> None:
+    """A key that no session can have is missing, and costs no load."""
+    source = Source(holding(a=1))
+    with pytest.raises(KeyError):
+        ledger_of(None, source=source).get(key)
+    assert source.loads == 0
+
+
+def test_a_corrupt_key_reads_as_missing() -> None:
+    """It is reported once, left out of the keys, and left as it is by what changes other keys."""
+    source = Source(image(1, good=raw(1), bad=b"\xff{"))
+    ledger = ledger_of(None, source=source)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="bad"):
+            ledger.get("bad")
+    assert list(ledger.keys()) == ["good"]
+    assert [key for key, _ in source.corrupted] == ["bad"]
+    ledger.set("good", 2)
+    assert changes(ledger) == {"good": 2}
+    ledger.set("bad", 3)
+    assert changes(ledger) == {"good": 2, "bad": 3}
+
+
+def test_metadata_and_foreign_names_are_no_keys() -> None:
+    """What holds no session key is not listed; a key with an @ is, under its own name."""
+    snapshot = image(1)._replace(fields={b"@@i": raw(1), b"\xff": raw(2), b"a": raw(3)})
+    ledger = ledger_of(snapshot)
+    assert list(ledger.keys()) == ["@i", "a"]
+    assert ledger.get("@i") == 1
+
+
+def test_a_key_past_its_end_is_missing() -> None:
+    """The moment of the load decides for the whole request: a key does not vanish half-way."""
+    source = Source(holding(a=1, b=2)._replace(deadlines={b"a": NOW_MS, b"b": NOW_MS + 1}))
+    ledger = ledger_of(None, source=source)
+    assert list(ledger.keys()) == ["b"]
+    source.now_ms += 100
+    assert ledger.get("b") == 2
+    with pytest.raises(KeyError):
+        ledger.get("a")
+
+
+# Changing.
+
+
+def test_setting_what_is_there_is_no_change() -> None:
+    """As read in this request, it is none (G2); blindly, it counts."""
+    ledger = ledger_of(holding(a=1))
+    ledger.set("a", 1)
+    assert changes(ledger) == {"a": 1}
+    ledger.get("a")
+    assert changes(ledger) == {"a": 1}, "it was blind when it was set, and is read from what was set"
+    ledger = ledger_of(holding(a=1, b=1))
+    ledger.get("a")
+    ledger.set("a", 1)
+    assert not ledger.delta()
+    ledger.set("b", 1)
+    assert changes(ledger) == {"b": 1}, "a snapshot that was loaded for another key makes it no less blind"
+    ledger.set("a", True)
+    assert changes(ledger)["a"] is True
+
+
+def test_a_change_in_place_is_one() -> None:
+    """A mutable value that was handed out is compared with what it was, and back again it is none (G1)."""
+    ledger = ledger_of(holding(cart=[1], deep={"a": [{}]}))
+    assert not ledger.may_have_changed()
+    ledger.get("cart").append(2)
+    ledger.get("deep")["a"][0]["b"] = ()
+    assert ledger.may_have_changed()
+    assert ledger.changed()
+    assert changes(ledger) == {"cart": [1, 2], "deep": {"a": [{"b": ()}]}}
+    ledger.get("cart").pop()
+    assert changes(ledger) == {"deep": {"a": [{"b": ()}]}}
+
+
+def test_bytes_of_another_writer_are_no_change() -> None:
+    """A value stored in another spelling of the same is neither changed by reading nor by setting it."""
+    ledger = ledger_of(image(1, cart=b"[1,  2]", a=b'"\\u0061"'))
+    assert ledger.get("cart") == [1, 2]
+    assert ledger.get("a") == "a"
+    ledger.set("a", "a")
+    assert not ledger.delta()
+    assert not ledger.is_pending("cart")
+
+
+def test_deleting() -> None:
+    """What is there is deleted once and then missing; what is missing is a KeyError, and no change."""
+    ledger = ledger_of(holding(a=1))
+    with pytest.raises(KeyError, match="b"):
+        ledger.delete("b")
+    ledger.delete("a")
+    with pytest.raises(KeyError, match="a"):
+        ledger.delete("a")
+    assert changes(ledger) == {"a": merge.MISSING}
+    assert list(ledger.keys()) == []
+
+
+def test_set_and_deleted_again_where_it_was_not() -> None:
+    """Known to be missing it needs no deletion; not looked at, it does."""
+    ledger = ledger_of(holding(a=1))
+    assert "b" not in list(ledger.keys())
+    ledger.set("b", 1)
+    ledger.delete("b")
+    assert not ledger.delta()
+    blind = ledger_of(holding(a=1, b=5))
+    blind.set("b", 1)
+    blind.delete("b")
+    blind.get("a")
+    assert blind.delta().deletes == {b"b": Check.NONE}, (
+        "never looked at, it is nothing to be in conflict about"
+    )
+
+
+def test_clearing_reads_nothing() -> None:
+    """All before it is gone, only what is set after it counts, and no load is needed."""
+    source = Source(holding(a=1))
+    ledger = ledger_of(None, source=source)
+    ledger.set("b", 1)
+    ledger.clear()
+    ledger.set("c", 1)
+    assert list(ledger.keys()) == ["c"]
+    with pytest.raises(KeyError):
+        ledger.get("a")
+    delta = ledger.delta()
+    assert (delta.cleared, list(delta.sets), dict(delta.deletes), source.loads) == (True, [b"c"], {}, 0)
+    ledger.delete("c")
+    assert ledger.delta() == Delta(cleared=True)
+
+
+def test_what_cannot_be_stored_names_its_key() -> None:
+    """A TypeError with key and type; it counts as changed, so that somebody hears of it."""
+    ledger = ledger_of(holding(cart=[]))
+    ledger.get("cart").append(object())
+    with pytest.raises(TypeError, match=r"session\['cart'\] cannot be stored: .*object"):
+        ledger.delta()
+    assert ledger.changed()
+
+
+@pytest.mark.parametrize("given", ["", b""])
+def test_a_serializer_that_gives_nothing(given: Any) -> None:
+    """No bytes mean "missing" to the scripts, so a serializer may not give them."""
+
+    class Empty:
+        def dumps(self, value: Any, /) -> Any:
+            return given
+
+        def loads(self, data: bytes, /) -> Any:
+            return None
+
+    ledger = Ledger(Source(None), Empty(), Policies("overwrite", {}))
+    ledger.set("a", 1)
+    with pytest.raises(TypeError, match=r"session\['a'\] cannot be stored: the serializer gave no bytes"):
+        ledger.delta()
+
+
+# The delta.
+
+
+def put_of(delta: Delta, key: str) -> Put:
+    return delta.sets[field_name(key)]
+
+
+def test_the_base_is_the_snapshots_pair() -> None:
+    """A delta that read has one; a blind one has none."""
+    ledger = ledger_of(holding(3, a=1))
+    ledger.set("b", 1)
+    assert ledger.delta().base is None
+    ledger.get("a")
+    assert ledger.delta().base == holding(3).pair
+    assert ledger.position == (holding(3).pair, ())
+
+
+@pytest.mark.parametrize(
+    ("policy", "strict", "check"),
+    [
+        ("overwrite", False, Check.REPORT),
+        ("overwrite", True, Check.STRICT),
+        ("raise", False, Check.STRICT),
+        ("serializable", False, Check.STRICT),
+        (merge.add, False, Check.STRICT),
+        (merge.add, True, Check.STRICT),
+    ],
+)
+def test_the_check_is_the_policys(policy: Any, strict: bool, check: Check) -> None:
+    """Read and changed, a key is checked as its policy says; written without being read, never (G3)."""
+    ledger = ledger_of(holding(a=1, b=1), policy)
+    ledger.strict = strict
+    ledger.set("blind", 1)
+    ledger.set("a", ledger.get("a") + 1)
+    ledger.delete("b")
+    delta = ledger.delta()
+    assert put_of(delta, "a").check is check
+    assert delta.deletes == {b"b": check}
+    assert put_of(delta, "blind").check is Check.NONE
+    assert ledger.afresh().strict is strict
+
+
+def test_what_was_missing_is_checked_too() -> None:
+    """Whoever looked and found nothing has read: another's creation of the key is a conflict."""
+    ledger = ledger_of(holding(), "raise")
+    with pytest.raises(KeyError):
+        ledger.get("a")
+    ledger.set("a", 1)
+    assert put_of(ledger.delta(), "a").check is Check.STRICT
+
+
+def test_reads_count_where_all_do() -> None:
+    """Serializable sends what was read and not changed, or all of it; nothing where nothing changed."""
+    ledger = ledger_of(holding(a=1, b=1, c=1), "serializable")
+    ledger.get("a")
+    ledger.get("b")
+    assert ledger.delta().reads == frozenset()
+    ledger.set("b", 2)
+    assert ledger.delta().reads == {b"a"}
+    list(ledger.keys())
+    assert ledger.delta().reads is None
+    for policy in ("overwrite", "raise"):
+        other = ledger_of(holding(a=1), policy)
+        other.set("b", other.get("a"))
+        assert other.delta().reads == frozenset()
+
+
+def test_ends_of_keys() -> None:
+    """Set with a ttl a key has it; changed in place it keeps what is left; set anew without, it stays."""
+    ends = {b"a": NOW_MS + 700, b"b": NOW_MS + 700}
+    ledger = ledger_of(holding(a=[1], b=[1])._replace(deadlines=ends))
+    ledger.get("a").append(2)
+    ledger.get("b")
+    ledger.set("b", [1])
+    ledger.set("c", 1, ttl_ms=5)
+    delta = ledger.delta()
+    assert [put_of(delta, key).ttl_ms for key in "abc"] == [700, 0, 5]
+
+
+def test_one_key_of_a_delta() -> None:
+    """The part about one key leaves the others for later."""
+    ledger = ledger_of(holding(a=1, b=1))
+    ledger.set("a", 2)
+    ledger.delete("b")
+    assert [ledger.is_pending(key) for key in "abc"] == [True, True, False]
+    assert list(ledger.delta_of("a").sets) == [b"a"]
+    assert not ledger.delta_of("a").deletes
+    assert list(ledger.delta_of("b").deletes) == [b"b"]
+    assert not ledger.delta_of("c")
+    ledger.forget("a")
+    assert (ledger.get("a"), ledger.is_pending("a")) == (1, False)
+
+
+def test_a_whole_session_of_ones_own() -> None:
+    """All that the request sees, with its own changes on top, ends and attributes included."""
+    snapshot = holding(a=1, b=2, c=3, d=4)._replace(
+        deadlines={b"c": NOW_MS + 50, b"d": NOW_MS}, principal="ada", label="phone", lifetime_ms=9
+    )
+    ledger = ledger_of(snapshot)
+    ledger.delete("a")
+    ledger.set("b", ledger.get("b") + 1)
+    whole = ledger.whole(ledger.delta()._replace(label=Change("mine")))
+    assert {name: CODEC.loads(put.value) for name, put in whole.sets.items()} == {b"b": 3, b"c": 3}
+    assert whole.sets[b"c"].ttl_ms == 50
+    assert (whole.principal, whole.label, whole.lifetime_ms) == (Change("ada"), Change("mine"), 9)
+    assert (whole.deletes, whole.permanent) == ({}, False)
+    changed = ledger.whole(ledger.delta()._replace(principal=Change("bob"), lifetime_ms=0, permanent=True))
+    assert (changed.principal, changed.label) == (Change("bob"), Change("phone"))
+    assert (changed.lifetime_ms, changed.permanent) == (0, True)
+    cleared = ledger.delta()._replace(cleared=True)
+    assert ledger.whole(cleared) is cleared
+
+
+# Conflicts.
+
+
+def contested(policy: Any, change: Callable[[Ledger], Any], **values: Any) -> tuple[Ledger, Delta]:
+    ledger = ledger_of(holding(**values), policy)
+    change(ledger)
+    return ledger, ledger.delta()
+
+
+def resolved(ledger: Ledger, ours: Delta, current: dict[bytes, bytes | None], **more: Any) -> Delta:
+    conflicting = Conflicting(holding(7).pair, current, more.pop("everything", False))
+    return ledger.resolve(ours, more.pop("sent", ours), conflicting, ledger.conflicts(ours, current))
+
+
+def test_only_what_really_changed_is_a_conflict() -> None:
+    """A key set back to its base by others, one that this request left alone, or metadata, is none."""
+    ledger, ours = contested("raise", lambda ledger: ledger.set("a", ledger.get("a") + 1), a=1, b=1)
+    assert ledger.conflicts(ours, {b"a": raw(1), b"b": raw(5), b"@p": b"x"}) == []
+    [conflict] = ledger.conflicts(ours, {b"a": raw(5)})
+    sides = conflict.base, conflict.theirs, conflict.ours, conflict.outcome
+    assert (conflict.key, sides, conflict.policy) == ("a", (1, 5, 2, 2), "raise")
+    [deleted] = ledger.conflicts(ours, {b"a": None})
+    assert deleted.theirs is merge.MISSING
+
+
+def test_raise_refuses_and_names_the_keys() -> None:
+    """A strict key without a merge ends in a SessionConflict with the keys in conflict alone."""
+    ledger, ours = contested("raise", lambda ledger: ledger.set("a", ledger.get("a") + 1), a=1)
+    ours = ours._replace(sets={**ours.sets, b"blind": Put(raw(1))})
+    with pytest.raises(SessionConflict) as raised:
+        resolved(ledger, ours, {b"a": raw(5)})
+    assert raised.value.keys == ("a",)
+    with pytest.raises(SessionConflict) as raised:
+        resolved(ledger, ours, {}, everything=True)
+    assert raised.value.keys == ("a", "blind")
+
+
+def test_a_read_that_changed_refuses() -> None:
+    """Under serializable a key in conflict that this request only read is named as well."""
+    ledger, ours = contested("serializable", lambda ledger: ledger.set("b", ledger.get("a")), a=1)
+    with pytest.raises(SessionConflict) as raised:
+        resolved(ledger, ours, {b"a": raw(5)})
+    assert raised.value.keys == ("a",)
+
+
+def test_a_merge_goes_on_top_of_theirs() -> None:
+    """The next delta has their pair as its base, and the merged value, checked once more."""
+    ledger, ours = contested(merge.add, lambda ledger: ledger.set("hits", ledger.get("hits") + 1), hits=1)
+    merged = resolved(ledger, ours._replace(own=(write_id(1),)), {b"hits": raw(5)})
+    assert merged.sets == {b"hits": Put(raw(6), Check.STRICT)}
+    assert (merged.base, merged.own) == (holding(7).pair, ())
+    # Moved again meanwhile: begun anew from what this request changed, not from what was merged.
+    again = resolved(ledger, ours, {b"hits": raw(9)}, sent=merged)
+    assert again.sets == {b"hits": Put(raw(10), Check.STRICT)}
+    # Set back to the base: ours stands as it was.
+    assert resolved(ledger, ours, {b"hits": raw(1)}, sent=merged).sets == ours.sets
+
+
+def test_a_merge_may_delete_or_bring_back() -> None:
+    """MISSING as an outcome deletes; a value where ours was a deletion sets."""
+    ledger, ours = contested(
+        lambda base, theirs, mine: merge.MISSING, lambda ledger: ledger.set("a", ledger.get("a") + 1), a=1
+    )
+    merged = resolved(ledger, ours, {b"a": raw(5)})
+    assert (merged.sets, merged.deletes) == ({}, {b"a": Check.STRICT})
+    ledger, ours = contested(lambda base, theirs, mine: theirs, lambda ledger: ledger.delete("a"), a=1)
+    merged = resolved(ledger, ours, {b"a": raw(5)})
+    assert (merged.sets, merged.deletes) == ({b"a": Put(raw(5), Check.STRICT)}, {})
+
+
+def test_types_that_do_not_fit_are_overwritten() -> None:
+    """A merge function of other types leaves ours, and the conflict says that it was overwritten."""
+    ledger, ours = contested(merge.add, lambda ledger: ledger.set("a", ledger.get("a") + 1), a=1)
+    [conflict] = found = ledger.conflicts(ours, {b"a": raw("text")})
+    conflicting = Conflicting(holding(7).pair, {b"a": raw("text")}, everything=False)
+    merged = ledger.resolve(ours, ours, conflicting, found)
+    assert (conflict.policy, conflict.outcome) == ("overwrite", 2)
+    assert CODEC.loads(merged.sets[b"a"].value) == 2
+
+
+def test_what_does_not_decode_is_missing_to_a_merge() -> None:
+    """A side that others stored in no known form is MISSING, as is none."""
+    ledger = ledger_of(None)
+    assert ledger.decoded(None) is merge.MISSING
+    assert ledger.decoded(b"\xff") is merge.MISSING
+    assert ledger.decoded(raw([1])) == [1]
+
+
+# Afterwards.
+
+
+def applied(delta: Delta, base: Snapshot | None, *, version: int, replaced: bytes | None = None) -> Applied:
+    """Return what a server answers to a delta; with ``replaced``, others were between."""
+    now = state(version)
+    return Applied(
+        version=version,
+        write_id=write_id(version),
+        replaced=replaced or (base.pair if base else bytes(12)),
+        snapshot=None,
+        former=False,
+        identity=identity(),
+        state=now,
+        touched=True,
+        expiry_changed=False,
+        now_ms=NOW_MS,
+        report={},
+    )
+
+
+def settle(ledger: Ledger, *, version: int, replaced: bytes | None = None, created: bool = False) -> None:
+    delta = ledger.delta()
+    ledger.settle(
+        delta, delta, applied(delta, ledger.loaded, version=version, replaced=replaced), created=created
+    )
+
+
+def test_what_was_committed_is_no_change_any_more() -> None:
+    """After a commit the delta is empty, what was set reads as set, and the base is the commit's own pair."""
+    ledger = ledger_of(holding(a=[1], b=1, c=1))
+    ledger.get("a").append(2)
+    ledger.set("b", 2)
+    ledger.delete("c")
+    settle(ledger, version=2)
+    assert not ledger.delta()
+    assert (ledger.get("a"), ledger.get("b"), list(ledger.keys())) == ([1, 2], 2, ["a", "b"])
+    assert ledger.position == (holding(2).pair, ())
+    ledger.get("a").append(3)
+    assert changes(ledger) == {"a": [1, 2, 3]}
+
+
+def test_others_between_stay_unseen() -> None:
+    """After a commit on top of somebody else's, the base stays and the own write id is noted (G4)."""
+    ledger = ledger_of(holding(a=1))
+    ledger.set("b", ledger.get("a"))
+    settle(ledger, version=5, replaced=holding(4).pair)
+    assert ledger.position == (holding(1).pair, (write_id(5),))
+    assert list(ledger.keys()) == ["a", "b"]
+    assert not ledger.delta()
+    ledger.set("b", 2)
+    settle(ledger, version=9, replaced=holding(8).pair)
+    assert ledger.position == (holding(1).pair, (write_id(5), write_id(9)))
+
+
+def test_after_a_clear_all_is_known() -> None:
+    """Who cleared has seen everything up to his own commit, whatever others did before it."""
+    source = Source(holding(1, a=1))
+    ledger = ledger_of(None, source=source)
+    ledger.get("a")
+    ledger.clear()
+    ledger.set("b", 2)
+    settle(ledger, version=5, replaced=holding(4).pair)
+    assert ledger.position == (holding(5).pair, ())
+    assert list(ledger.keys()) == ["b"]
+    assert not ledger.cleared
+
+
+def test_a_blind_commit_loads_nothing() -> None:
+    """What was written without reading leaves all else to be read when it is asked for."""
+    source = Source(holding(2, a=1, b=2))
+    ledger = ledger_of(None, source=source)
+    ledger.set("b", 2)
+    settle(ledger, version=2, replaced=holding(1).pair)
+    assert (source.loads, ledger.loaded) == (0, None)
+    assert ledger.get("a") == 1
+    assert source.loads == 1
+
+
+def test_a_created_session_is_known() -> None:
+    """Who created it knows all of it, and asks nobody."""
+    source = Source(None)
+    ledger = ledger_of(None, source=source)
+    ledger.set("a", 1)
+    settle(ledger, version=1, created=True)
+    assert list(ledger.keys()) == ["a"]
+    assert (source.loads, ledger.position) == (0, (holding(1).pair, ()))
+
+
+def test_what_was_merged_is_read_afresh() -> None:
+    """A value that was merged with somebody else's reads as stored, not as this request had it."""
+    ledger = ledger_of(holding(hits=1), merge.add)
+    ledger.set("hits", ledger.get("hits") + 1)
+    ours = ledger.delta()
+    merged = resolved(ledger, ours, {b"hits": raw(5)})
+    ledger.settle(ours, merged, applied(merged, None, version=8, replaced=merged.base), created=False)
+    assert ledger.get("hits") == 6
+    assert not ledger.delta()
+
+
+# Against a dict.
+
+KEYS = st.sampled_from(["a", "b", "@c"])
+VALUES = st.sampled_from([0, 1, "x", [], [1], {"k": [1]}])
+
+
+class AgainstADict(RuleBasedStateMachine):
+    """A ledger and a plain dict that the same is done to; commits lay the delta over what is stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stored = holding(1, a=[1], b=0)
+        self.version = 1
+        self.ledger = ledger_of(self.stored)
+        self.model: dict[str, Any] = {"a": [1], "b": 0}
+
+    @rule(key=KEYS, value=VALUES)
+    def set(self, key: str, value: Any) -> None:
+        self.ledger.set(key, copy.deepcopy(value))
+        self.model[key] = copy.deepcopy(value)
+
+    @rule(key=KEYS)
+    def delete(self, key: str) -> None:
+        expected = self.model.pop(key, None) is not None
+        try:
+            self.ledger.delete(key)
+        except KeyError:
+            assert not expected
+        else:
+            assert expected
+
+    @rule(key=KEYS)
+    def change_in_place(self, key: str) -> None:
+        if isinstance(self.model.get(key), list):
+            self.model[key].append(2)
+            self.ledger.get(key).append(2)
+
+    @rule()
+    def clear(self) -> None:
+        self.ledger.clear()
+        self.model.clear()
+
+    @rule(key=KEYS)
+    def read(self, key: str) -> None:
+        try:
+            found = self.ledger.get(key)
+        except KeyError:
+            found = None
+        assert found == self.model.get(key)
+
+    @rule()
+    def list_all(self) -> None:
+        assert sorted(self.ledger.keys()) == sorted(self.model)
+
+    @rule()
+    def commit(self) -> None:
+        delta = self.ledger.delta()
+        if not delta:
+            return
+        self.version += 1
+        answer = applied(delta, self.stored, version=self.version)
+        self.stored = delta.over(self.stored, answer.identity, answer.state, NOW_MS)
+        self.ledger.settle(delta, delta, answer, created=False)
+        self.ledger._source.snapshot = self.stored  # type: ignore[attr-defined]
+        assert not self.ledger.delta()
+
+    @invariant()
+    def what_would_be_stored_is_the_model(self) -> None:
+        after = self.ledger.delta().over(self.stored, identity(), state(99), NOW_MS)
+        assert {name: CODEC.loads(value) for name, value in after.fields.items()} == {
+            field_name(key): value for key, value in self.model.items()
+        }
+
+
+TestAgainstADict = AgainstADict.TestCase
+
+
+@given(text=st.text(max_size=5))
+def test_any_key_may_be_set(text: str) -> None:
+    """Whatever text a key is, it is stored under its field and read under its name."""
+    ledger = ledger_of(None)
+    ledger.set(text, 1)
+    settle(ledger, version=1, created=True)
+    assert list(ledger.keys()) == [text]
+    assert ledger.afresh().loaded is None
