@@ -38,9 +38,7 @@ class Session:
         :raise ConfigurationError: if a setting is wrong; the message names it.
         """
         config = read_config(app.config)
-        # Accepted and not acted on, either would promise a protection that is not there.
-        if config.encryption_keys:
-            raise ConfigurationError("SESSION_ENCRYPTION_KEYS: encryption at rest is not supported yet")
+        # Accepted and not acted on, it would promise a protection that is not there.
         if config.renew_after_ms is not None:
             raise ConfigurationError("SESSION_RENEW_AFTER: renewal by itself is not supported yet")
         store = Store(config, app.root_path)

@@ -43,6 +43,9 @@ class Source(Protocol):
     def load(self) -> Snapshot | None:
         """Return the snapshot to work on."""
 
+    def open(self, name: bytes, stored: bytes) -> bytes:
+        """Return the bytes of a field as the serializer made them, or raise :exc:`ValueError`."""
+
     def corrupt(self, key: str, error: Exception) -> None:
         """Take note of a key whose bytes do not decode."""
 
@@ -126,6 +129,7 @@ class Ledger:
         if raw is None:
             raise KeyError(key)
         try:
+            raw = self._source.open(field_name(key), raw)
             value = self._serializer.loads(raw)
         except Exception as error:
             if key not in self._corrupt_keys:
@@ -250,7 +254,7 @@ class Ledger:
         sets = {
             name: Put(raw, ttl_ms=self._remaining(name))
             for name in snapshot.names(self._now_ms)
-            if name not in delta.deletes and (raw := snapshot.fields[name])
+            if name not in delta.deletes and (raw := self._opened(name, snapshot.fields[name]))
         }
         return delta._replace(
             sets={**sets, **delta.sets},
@@ -296,7 +300,7 @@ class Ledger:
         if self.cleared or self._snapshot is None:
             return False
         name = field_name(key)
-        stored = self._snapshot.value(name, self._now_ms)
+        stored = self._opened(name, self._snapshot.value(name, self._now_ms))
         if stored is None or name in self._snapshot.deadlines:
             return False
         return raw in (stored, self._again(key, stored))
@@ -333,15 +337,18 @@ class Ledger:
         :param current: what is stored now, or was until ours replaced it.
         """
         found = []
-        for name, theirs in current.items():
+        for name, now in current.items():
             key = session_key(name)
-            base = self._snapshot.fields.get(name) if self._snapshot else None
-            if key is None or theirs == base or not (name in ours.sets or name in ours.deletes):
+            before = self._snapshot.fields.get(name) if self._snapshot else None
+            if key is None or now == before or not (name in ours.sets or name in ours.deletes):
+                continue
+            base, theirs = self._opened(name, before), self._opened(name, now)
+            if theirs is not None and theirs == base:  # encrypted twice, it is the same all the same
                 continue
             put = ours.sets.get(name)
-            value = self.decoded(put.value if put else None)
+            value = self._decoded(put.value if put else None)
             conflict = Conflict(
-                key, self.decoded(base), self.decoded(theirs), value, value, self._policy(key)
+                key, self._decoded(base), self._decoded(theirs), value, value, self._policy(key)
             )
             found.append(conflict)
         return found
@@ -403,8 +410,18 @@ class Ledger:
             deletes.pop(name, None)
             sets[name] = Put(self._encode(conflict.key, conflict.outcome), Check.STRICT, ttl_ms)
 
-    def decoded(self, raw: bytes | None) -> Any:
-        """Return the value of stored bytes, ``merge.MISSING`` for none or for what does not decode."""
+    def stored(self, key: str, current: Mapping[bytes, bytes | None]) -> Any:
+        """Return a key's value out of stored fields, ``merge.MISSING`` for none or what does not decode."""
+        name = field_name(key)
+        return self._decoded(self._opened(name, current.get(name)))
+
+    def _opened(self, name: bytes, stored: bytes | None) -> bytes | None:
+        try:
+            return stored and self._source.open(name, stored)
+        except ValueError:
+            return None
+
+    def _decoded(self, raw: bytes | None) -> Any:
         if raw is None:
             return merge.MISSING
         try:
@@ -429,7 +446,7 @@ class Ledger:
             self._snapshot, self._loaded = applied.snapshot, True
         elif exact or self._loaded:
             base = None if created else self._snapshot
-            self._snapshot = sent.over(base, applied.identity, applied.state, applied.now_ms)
+            self._snapshot = applied.stored.over(base, applied.identity, applied.state, applied.now_ms)
             self._loaded = True
         if exact:
             self._base, self._own = applied.version.to_bytes(4) + applied.write_id, ()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import NamedTuple
 
+from .delta import Delta
 from .snapshot import Pair, Snapshot
 
 
@@ -36,6 +37,8 @@ class Loaded(NamedTuple):
 class Applied(NamedTuple):
     """A commit was applied."""
 
+    #: What was applied, its values as they are stored.
+    stored: Delta
     version: int
     write_id: bytes
     #: The pair that it replaced; zeros where that is no longer known.

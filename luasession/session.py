@@ -301,7 +301,7 @@ class LuaSession(SessionMixin):
             return Delta(base, own, {name: Put(raw, Check.STRICT if base else Check.NONE)})
 
         def again(_delta: Delta, conflicting: Conflicting) -> Delta:
-            given = self._ledger.decoded(conflicting.current.get(name))
+            given = self._ledger.stored(key, conflicting.current)
             return stored_on(default if given is merge.MISSING else given, conflicting.pair)
 
         given = self.get(key, default)

@@ -29,6 +29,7 @@ from .packing import pack_change, pack_delta
 from .scripts import Code, script
 from .snapshot import Snapshot, read_changes, read_hash
 from .stats import Stats
+from .vault import Vault
 
 _NOTHING: Mapping[bytes, bytes | None] = MappingProxyType({})
 # Milliseconds between two touches by those who do not use a session.
@@ -89,6 +90,7 @@ class Store:
         absolute_ms = config.absolute_ms or 0
         self._limits = absolute_ms.to_bytes(6) + config.grace_ms.to_bytes(6) + config.max_bytes.to_bytes(4)
         self._wait = (replicas, config.wait_timeout_ms) if replicas else None
+        self._vault = Vault(config.encryption_keys) if config.encryption_keys else None
 
     # -- reading ------------------------------------------------------------
 
@@ -189,6 +191,17 @@ class Store:
             self._remember(session_id.handle, snapshot, sent)
         return Loaded(Standing.LIVE, snapshot, bool(touched))
 
+    def open(self, handle: str, name: bytes, stored: bytes) -> bytes:
+        """Return the bytes of a value as the serializer made them.
+
+        :param name: the hash field.
+        :raise ValueError: if the value is encrypted, and no key opens it.
+        """
+        return stored if self._vault is None else self._vault.open(handle, name, stored)
+
+    def _sealed(self, handle: str, delta: Delta) -> Delta:
+        return delta if self._vault is None else self._vault.seal(handle, delta)
+
     # -- writing ------------------------------------------------------------
 
     def commit(
@@ -234,6 +247,7 @@ class Store:
         create: bool = False,
     ) -> Applied | Conflicting | Refused:
         config = self._config
+        delta = self._sealed(handle, delta)
         write_id = new_write_id()
         flags = create | delta.cleared << 1
         if delta.rotation is None or delta.rotation.in_flight:
@@ -306,6 +320,7 @@ class Store:
             )
         report = _paired(items) if items else _NOTHING
         return Applied(
+            delta,
             int.from_bytes(packed[:4]),
             write_id,
             replaced,

@@ -126,6 +126,13 @@ class Visit:
         """The server's clock in milliseconds."""
         return self._store.now_ms()
 
+    def open(self, name: bytes, stored: bytes) -> bytes:
+        """Return the bytes of a stored value as the serializer made them.
+
+        :raise ValueError: if the value is encrypted, and no key opens it.
+        """
+        return self._store.open(self._id.handle, name, stored) if self._id else stored
+
     def _open(self) -> None:
         if self._request is None:
             return

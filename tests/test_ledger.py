@@ -47,6 +47,9 @@ class Source:
         self.loads += 1
         return self.snapshot
 
+    def open(self, name: bytes, stored: bytes) -> bytes:
+        return stored
+
     def corrupt(self, key: str, error: Exception) -> None:
         self.corrupted.append((key, type(error).__name__))
 
@@ -451,9 +454,9 @@ def test_types_that_do_not_fit_are_overwritten() -> None:
 def test_what_does_not_decode_is_missing_to_a_merge() -> None:
     """A side that others stored in no known form is MISSING, as is none."""
     ledger = ledger_of(None)
-    assert ledger.decoded(None) is merge.MISSING
-    assert ledger.decoded(b"\xff") is merge.MISSING
-    assert ledger.decoded(raw([1])) == [1]
+    assert ledger.stored("a", {}) is merge.MISSING
+    assert ledger.stored("a", {b"a": b"\xff"}) is merge.MISSING
+    assert ledger.stored("a", {b"a": raw([1])}) == [1]
 
 
 # Afterwards.
@@ -463,6 +466,7 @@ def applied(delta: Delta, base: Snapshot | None, *, version: int, replaced: byte
     """Return what a server answers to a delta; with ``replaced``, others were between."""
     now = state(version)
     return Applied(
+        stored=delta,
         version=version,
         write_id=write_id(version),
         replaced=replaced or (base.pair if base else bytes(12)),
