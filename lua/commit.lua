@@ -20,13 +20,15 @@
 -- ARGV[11]  idle lifetime of its own, ms; 0: none any more; empty: no change
 -- ARGV[12]  principal: '=' and the text, '-' for none any more, empty for no change
 -- ARGV[13]  label, in the same form
+-- ARGV[14]  offer, packed: digest of another secret, and the age in ms at which the current one is due to
+--           be renewed; empty: no renewal
 --
 -- From ARGV[4] on, what is empty up to the end may be left out.
 --
 -- Reply: {code, write id, time in microseconds as 7 bytes, ...}, by code
---   applied   packed: version, the pair replaced (12 zeros: no longer known), TTL refreshed, expiry
---             changed (2: not known, an earlier sending was applied), @i, @v; then name and replaced
---             value (false: missing) of each field to report
+--   applied   packed: version, the pair replaced (12 zeros: no longer known), flags (1 the TTL was
+--             refreshed, 2 the offer was taken), expiry changed (2: not known, an earlier sending was
+--             applied), @i, @v; then name and replaced value (false: missing) of each field to report
 --   conflict  @i, @v, then name and current value (false: missing) of each checked field that changed
 --   gone      the session ended, or was cleared, after this request opened or its base was read
 --   missing   there is no such session
@@ -50,6 +52,7 @@ local new_permanent = ARGV[10] or ''
 local new_lifetime = ARGV[11] or ''
 local new_principal = ARGV[12] or ''
 local new_label = ARGV[13] or ''
+local offer = ARGV[14] or ''
 
 local create, clear, in_flight, by_default = flags % 2 == 1, flags % 4 >= 2, flags % 8 >= 4, flags >= 8
 local base_version, base_id
@@ -60,7 +63,10 @@ local IDENTITY, IDENTITY_BYTES = '>Bc32I6I6', 45 -- format, digest, created ms, 
 local STATE, STATE_BYTES = '>I4c8I7I6I6I4BBI4', 41 -- version, write id, committed us, touched ms, ends ms,
                                                  -- bytes, permanent, any rare metadata, fields
 local APPLIED = '>I4c12BB'
-local FORMER, FORMER_BYTES = '>c32I7I6B', 46     -- digest, moment us, grace end ms, may commit
+local FORMER, FORMER_BYTES = '>c32I7I6B', 46     -- digest, moment us, grace end ms, what it may
+local NOTHING, COMMIT, ALL = 0, 1, 2             -- under a former digest: nothing goes any more, who was open
+                                                 -- before may commit, all goes until the grace ends
+local PENDING = '>c32I6'                         -- digest offered and not yet presented, moment ms
 local NONE = ('\0'):rep(8)
 local RING, RING_HEAD = '>I7I7B', 15                -- floor us, last halving us, ids from before it
 local TRANSIT = 20000                            -- microseconds by which two calls' transits may differ
@@ -81,6 +87,7 @@ end
 local meta = redis.call('HMGET', session, '@i', '@v', '@r', '@j')
 local identity, state, ring, journal = meta[1], meta[2], meta[3] or '', meta[4] or ''
 local formers, cleared, own_lifetime, principal, label, deadlines = '', false, false, false, false, false
+local pending = false
 
 local version, last_id, committed, touched, ends, bytes, permanent, fields = 0, NONE, 0, 0, 0, 0, 0, 0
 if identity then
@@ -91,9 +98,9 @@ if identity then
   local rare
   version, last_id, committed, touched, ends, bytes, permanent, rare, fields = struct.unpack(STATE, state)
   if rare == 1 then
-    local more = redis.call('HMGET', session, '@f', '@c', '@e', '@p', '@l', '@x')
+    local more = redis.call('HMGET', session, '@f', '@c', '@e', '@p', '@l', '@x', '@n')
     formers, cleared, own_lifetime = more[1] or '', more[2], more[3]
-    principal, label, deadlines = more[4], more[5], more[6]
+    principal, label, deadlines, pending = more[4], more[5], more[6], more[7]
   end
 end
 
@@ -125,15 +132,17 @@ if create == (identity and true or false) then
 end
 
 local current_digest = create and digest or identity:sub(2, 33)
-if digest ~= '' and digest ~= current_digest then
-  -- Equality of SHA-256 values tells nothing about secrets by its time.
+local is_current = digest == current_digest
+-- Equality of SHA-256 values tells nothing about secrets by its time.
+local promoted = pending and digest == pending:sub(1, 32)
+if digest ~= '' and not is_current and not promoted then
   local code, before = 'missing', 0
   for at = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
-    local former, moment, grace_end, may_commit = struct.unpack(FORMER, formers, at)
+    local former, moment, grace_end, may = struct.unpack(FORMER, formers, at)
     if former == digest and now < grace_end then
       code, before = 'stale', opened < moment and 1 or 0
       -- A request that itself rotates gets a session of its own instead (G8).
-      if before == 1 and may_commit == 1 and new_digest == '' then
+      if may == ALL or before == 1 and may == COMMIT and new_digest == '' then
         code = 'current'
       end
       break
@@ -322,20 +331,45 @@ if kept_deadlines then
   end
 end
 
--- Rotation replaces the digest inside the hash; the old one goes to the former ones (G8).
-if new_digest ~= '' and not create then
-  local open = in_flight and principal == principal_before
-  local kept = {struct.pack(FORMER, current_digest, now_us, now + grace, open and 1 or 0)}
+-- The digest is replaced inside the hash, by a rotation or by an offered secret that is presented for the
+-- first time; the old one goes to the former ones (G8).
+local had_pending = pending
+local function replace_digest(by, may, limit)
+  local kept = {struct.pack(FORMER, current_digest, now_us, now + grace, may)}
   for place = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
-    local former, moment, grace_end, may_commit = struct.unpack(FORMER, formers, place)
+    local former, moment, grace_end, may_still = struct.unpack(FORMER, formers, place)
     if now < grace_end and #kept < 4 then
-      kept[#kept + 1] = struct.pack(FORMER, former, moment, grace_end, open and may_commit or 0)
+      -- What a renewal had left in force ends with a rotation, too.
+      if may_still == ALL and limit < ALL then moment, grace_end = now_us, now + grace end
+      kept[#kept + 1] = struct.pack(FORMER, former, moment, grace_end, math.min(may_still, limit))
     end
   end
-  formers = table.concat(kept)
-  current_digest = new_digest
+  formers, current_digest, pending = table.concat(kept), by, false
 end
-if create or clear or new_digest ~= '' then
+if promoted then replace_digest(digest, ALL, ALL) end
+if new_digest ~= '' and not create then
+  local may = in_flight and principal == principal_before and COMMIT or NOTHING
+  replace_digest(new_digest, may, may)
+end
+-- A secret that is due is renewed in two phases, since an answer may be lost: this one is offered, and
+-- takes over when it is first presented. One that nobody presents is replaced after the grace.
+local taken = 0
+if offer ~= '' and is_current and new_digest == '' and not create then
+  local next_digest, renew_after = struct.unpack(PENDING, offer)
+  local _, _, since = struct.unpack(IDENTITY, identity)
+  if formers ~= '' then since = math.floor(select(2, struct.unpack(FORMER, formers)) / 1000) end
+  local offered = pending and select(2, struct.unpack(PENDING, pending)) or 0
+  if now - since >= renew_after and now - offered >= grace then
+    pending, taken = struct.pack(PENDING, next_digest, now), 2
+  end
+end
+if pending and (clear or taken > 0) then
+  writes[#writes + 1] = '@n'
+  writes[#writes + 1] = pending
+elseif had_pending and not pending then
+  removed[#removed + 1] = '@n'
+end
+if create or clear or new_digest ~= '' or promoted then
   local _, created, absolute_end = nil, now, absolute > 0 and now + absolute or 0
   if not create then _, _, created, absolute_end = struct.unpack(IDENTITY, identity) end
   identity = struct.pack(IDENTITY, FORMAT, current_digest, created, absolute_end)
@@ -410,7 +444,7 @@ if due then
   touched, ends = now, now + lifetime
   if absolute_end > 0 and absolute_end < ends then ends = absolute_end end
 end
-local rare = formers ~= '' or cleared or clear or own_lifetime or principal or label
+local rare = formers ~= '' or cleared or clear or own_lifetime or principal or label or pending
   or kept_deadlines and #kept_deadlines > 0
 local new_state = struct.pack(STATE, version, write_id, now_us, touched, ends, after, permanent,
   rare and 1 or 0, fields)
@@ -432,7 +466,9 @@ end
 if due then redis.call('PEXPIRE', session, ends - now) end
 
 local replaced = create and ('\0'):rep(12) or state:sub(1, 12)
-local outcome = struct.pack(APPLIED, version, replaced, due and 1 or 0, expiry_changed and 1 or 0)
+-- While a renewal is under way nobody is told of a refresh: it would bring the old id back to the browser.
+local told = (due and not pending and 1 or 0) + taken
+local outcome = struct.pack(APPLIED, version, replaced, told, expiry_changed and 1 or 0)
 local reply = answer('applied', outcome .. identity .. new_state)
 for _, item in ipairs(report or {}) do reply[#reply + 1] = item end
 return reply

@@ -3,7 +3,7 @@
 -- KEYS[1]  the session key, a hash
 --
 -- ARGV[1]  call id, 8 bytes; the reply echoes it
--- ARGV[2]  digest of the secret, current or former in its grace; empty: whatever is current
+-- ARGV[2]  digest of the secret: current, former in its grace, or offered; empty: whatever is current
 -- ARGV[3]  microseconds since the first sending of this call; 0: this is the first
 -- ARGV[4]  grace time, how long the tombstone stays, ms
 -- ARGV[5]  '=' and the principal that the session must have; empty: any
@@ -32,8 +32,8 @@ local function answer(code)
   return {code, call_id, struct.pack('>I7', now_us)}
 end
 
-local meta = redis.call('HMGET', session, '@i', '@f', '@p', '@t')
-local identity, formers, principal, ended = meta[1], meta[2] or '', meta[3], meta[4]
+local meta = redis.call('HMGET', session, '@i', '@f', '@p', '@t', '@n')
+local identity, formers, principal, ended, pending = meta[1], meta[2] or '', meta[3], meta[4], meta[5]
 
 -- Sent again: the first sending may be what ended it, so a log-out whose reply was lost is one.
 if ended then return answer(resend > 0 and 'destroyed' or 'missing') end
@@ -43,6 +43,7 @@ if digest ~= '' then
   -- Equality of SHA-256 values tells nothing about secrets by its time.
   local honoured = identity and #identity == IDENTITY_BYTES
     and digest == select(2, struct.unpack(IDENTITY, identity))
+    or pending and digest == pending:sub(1, 32)
   for at = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
     local former, _, grace_end = struct.unpack(FORMER, formers, at)
     -- A log-out that overlaps a rotation logs out (G8), whenever it was opened.

@@ -8,13 +8,15 @@
 -- ARGV[4]  base, packed: version and write id; empty: nothing is held, send all
 -- ARGV[5]  idle lifetime, ms, where the session has none of its own
 -- ARGV[6]  touch interval, ms
--- ARGV[7]  grace time for empty sessions, ms
+-- ARGV[7]  grace time for former digests and empty sessions, ms
+-- ARGV[8]  offer, packed: digest of another secret, and the age in ms at which the current one is due to
+--          be renewed; empty: no renewal
 --
 -- Reply: {code, call id, time in microseconds as 7 bytes, ...}, by code
---   unchanged  @i, @v, under a former digest, touched
---   changed    @i, @v, under a former digest, touched, @e, @p, @l, @x, then name and value (false:
+--   unchanged  @i, @v, under a former digest, flags (1 touched, 2 the offer was taken)
+--   changed    @i, @v, under a former digest, flags, @e, @p, @l, @x, then name and value (false:
 --              missing) of each field that changed since the base
---   full       @i, @v, under a former digest, touched, then all names and values of the hash
+--   full       @i, @v, under a former digest, flags, then all names and values of the hash
 --   missing    there is no such session
 --   gone       the session ended after this request opened
 --   stale      1 if the request was open before the rotation that made its digest a former one, else 0
@@ -28,9 +30,12 @@ local base = ARGV[4]
 local default_lifetime = tonumber(ARGV[5])
 local touch_interval = tonumber(ARGV[6])
 local grace = tonumber(ARGV[7])
+local offer = ARGV[8]
 
 local FORMAT = 1
 local IDENTITY, IDENTITY_BYTES = '>Bc32I6I6', 45
+local PENDING = '>c32I6'
+local COMMIT, ALL = 1, 2
 local STATE, STATE_BYTES = '>I4c8I7I6I6I4BBI4', 41
 local FORMER, FORMER_BYTES = '>c32I7I6B', 46
 local EVERYTHING = 255
@@ -47,7 +52,7 @@ end
 -- What is used rarely is read only if the state says that there is any of it.
 local meta = redis.call('HMGET', session, '@i', '@v', '@j', '@t')
 local identity, state, journal, ended = meta[1], meta[2], meta[3] or '', meta[4]
-local formers, own_lifetime, principal, label, deadlines = '', false, false, false, false
+local formers, own_lifetime, principal, label, deadlines, pending = '', false, false, false, false, false
 
 if ended then
   return answer((#ended == 7 and opened < struct.unpack('>I7', ended)) and 'gone' or 'missing')
@@ -57,22 +62,33 @@ if #identity ~= IDENTITY_BYTES or identity:byte() ~= FORMAT or not state or #sta
     or #journal < 8 then
   return answer('corrupt')
 end
-local _, current_digest, _, absolute_end = struct.unpack(IDENTITY, identity)
+local _, current_digest, created, absolute_end = struct.unpack(IDENTITY, identity)
 local version, last_id, committed, touched, _, bytes, permanent, rare, fields = struct.unpack(STATE, state)
 if rare == 1 then
-  local more = redis.call('HMGET', session, '@f', '@e', '@p', '@l', '@x')
+  local more = redis.call('HMGET', session, '@f', '@e', '@p', '@l', '@x', '@n')
   formers, own_lifetime, principal, label, deadlines = more[1] or '', more[2], more[3], more[4], more[5]
+  pending = more[6]
 end
 
-local is_former = 0
-if digest ~= '' and digest ~= current_digest then
-  -- Equality of SHA-256 values tells nothing about secrets by its time.
+-- Equality of SHA-256 values tells nothing about secrets by its time.
+local is_former, is_current = 0, digest == current_digest
+if pending and digest == pending:sub(1, 32) then
+  -- Offered, and now presented: it takes over. The old one stays in force for the grace, as requests of
+  -- the same page may still carry it. A refused write (out of memory, a replica) never fails the read.
+  local kept = struct.pack(FORMER, current_digest, now_us, now + grace, ALL)
+    .. formers:sub(1, 3 * FORMER_BYTES)
+  local new_identity = struct.pack(IDENTITY, FORMAT, digest, created, absolute_end)
+  if type(redis.pcall('HSET', session, '@i', new_identity, '@f', kept)) == 'number' then
+    redis.call('HDEL', session, '@n')
+    identity, formers, pending = new_identity, kept, false
+  end
+elseif digest ~= '' and not is_current then
   local code, before = 'missing', 0
   for at = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
-    local former, moment, grace_end, may_commit = struct.unpack(FORMER, formers, at)
+    local former, moment, grace_end, may = struct.unpack(FORMER, formers, at)
     if former == digest and now < grace_end then
       code, before = 'stale', opened < moment and 1 or 0
-      is_former = before * may_commit
+      is_former = (may == ALL or before == 1 and may == COMMIT) and 1 or 0
       break
     end
   end
@@ -81,7 +97,7 @@ if digest ~= '' and digest ~= current_digest then
 end
 
 -- The sliding TTL. A refused refresh (out of memory, a replica) never fails the read.
-local was_touched = 0
+local flags = 0
 if now - touched >= touch_interval then
   local lifetime = own_lifetime and tonumber(own_lifetime) or default_lifetime
   if not principal then
@@ -94,12 +110,29 @@ if now - touched >= touch_interval then
   local reply = redis.pcall('HSET', session, '@v', new_state)
   if type(reply) == 'number' then
     redis.call('PEXPIRE', session, new_ends - now)
-    state, was_touched = new_state, 1
+    state = new_state
+    -- While a renewal is under way nobody is told: it would bring the old id back to the browser.
+    if not pending then flags = 1 end
+  end
+end
+
+-- A secret that is due is renewed in two phases, since an answer may be lost: see commit.lua.
+if offer ~= '' and is_current then
+  local next_digest, renew_after = struct.unpack(PENDING, offer)
+  local since = created
+  if formers ~= '' then since = math.floor(select(2, struct.unpack(FORMER, formers)) / 1000) end
+  local offered = pending and select(2, struct.unpack(PENDING, pending)) or 0
+  if now - since >= renew_after and now - offered >= grace then
+    local marked = state:sub(1, 36) .. '\1' .. state:sub(38)
+    local reply = redis.pcall('HSET', session, '@n', struct.pack(PENDING, next_digest, now), '@v', marked)
+    if type(reply) == 'number' then
+      state, flags = marked, 2
+    end
   end
 end
 
 if base == state:sub(1, 12) then
-  return answer('unchanged', identity, state, is_former, was_touched)
+  return answer('unchanged', identity, state, is_former, flags)
 end
 
 -- What changed since the base, by the journal; nil if the base is not in it, as a pair.
@@ -130,13 +163,13 @@ if base ~= '' then
 end
 
 if not names then
-  local reply = answer('full', identity, state, is_former, was_touched)
+  local reply = answer('full', identity, state, is_former, flags)
   for _, item in ipairs(redis.call('HGETALL', session)) do reply[#reply + 1] = item end
   return reply
 end
 local list = {}
 for name in pairs(names) do list[#list + 1] = name end
-local reply = answer('changed', identity, state, is_former, was_touched,
+local reply = answer('changed', identity, state, is_former, flags,
   own_lifetime, principal, label, deadlines)
 if #list > 0 then
   local values = redis.call('HMGET', session, unpack(list))

@@ -140,6 +140,12 @@ def read_config(settings: Mapping[str, Any]) -> Config:
     config = Config(**fields, cache_ttl_set="SESSION_CACHE_TTL" in given)
     if config.cache_ttl_set or config.touch_interval_ms is not None:
         _check_windows(config, settings.get("PERMANENT_SESSION_LIFETIME", timedelta(days=31)))
+    if config.renew_after_ms is not None and config.renew_after_ms <= config.grace_ms:
+        # Renewed again while its predecessors are in force, a secret would soon have too many of them.
+        raise ConfigurationError(
+            f"SESSION_RENEW_AFTER ({config.renew_after_ms / 1000:g} s) must be longer than "
+            f"SESSION_ROTATION_GRACE ({config.grace_ms / 1000:g} s)"
+        )
     return config
 
 

@@ -8,7 +8,6 @@ from flask import current_app
 from flask.globals import request_ctx
 
 from .config import read_config
-from .errors import ConfigurationError
 from .interface import LuaSessionInterface
 from .session import LuaSession
 from .sessions import Sessions
@@ -38,9 +37,6 @@ class Session:
         :raise ConfigurationError: if a setting is wrong; the message names it.
         """
         config = read_config(app.config)
-        # Accepted and not acted on, it would promise a protection that is not there.
-        if config.renew_after_ms is not None:
-            raise ConfigurationError("SESSION_RENEW_AFTER: renewal by itself is not supported yet")
         store = Store(config, app.root_path)
         interface = LuaSessionInterface(app, config, store)
         app.session_interface = interface

@@ -115,19 +115,20 @@ class LuaSessionInterface(SessionInterface):
     def _write_cookies(self, app: Flask, session: LuaSession, response: Response) -> bool:
         """Set or delete what has to be, and tell whether anything was."""
         visit = session.visit
-        if not (visit.ended or visit.issued or visit.made or visit.refreshed or visit.expiry_changed):
+        renamed = visit.ended or visit.issued or visit.offered
+        if not (renamed or visit.made or visit.refreshed or visit.expiry_changed):
             return False
         name = visit.name
         caching = self._config.cache_ttl is not None
         attributes = self._attributes(app)
-        others = response.headers.getlist("Set-Cookie") if visit.issued or visit.ended else []
+        others = response.headers.getlist("Set-Cookie") if renamed else []
         if visit.ended:
             for cookie in (name, f"{name}_v", f"{name}_o") if caching else (name,):
                 response.delete_cookie(cookie, **attributes)
         elif visit.id is not None:
             expires = self.get_expiration_time(app, session) if visit.seen else None
             if self._is_id_due(app, visit):
-                response.set_cookie(name, visit.id.sid, expires=expires, **attributes)
+                response.set_cookie(name, (visit.offered or visit.id).sid, expires=expires, **attributes)
             if caching and visit.made is not None:
                 hint = f"{name}_v"
                 if expires is None:
@@ -151,7 +152,7 @@ class LuaSessionInterface(SessionInterface):
 
         An ordinary write never repeats it, so that its late answer cannot undo a rotation.
         """
-        if visit.issued is not None:
+        if visit.issued is not None or visit.offered is not None:
             return True
         if visit.standing is not Standing.LIVE or visit.seen is None:
             return False

@@ -15,7 +15,8 @@ class Standing(Enum):
 
     #: The session is there, under its current secret.
     LIVE = "live"
-    #: Under a secret that was rotated away while this request was open: it may commit.
+    #: Under a secret that was rotated away while this request was open, or renewed within the grace: it
+    #: may commit, and is given no id.
     FORMER = "former"
     #: There is no such session.
     MISSING = "missing"
@@ -32,6 +33,8 @@ class Loaded(NamedTuple):
     snapshot: Snapshot | None = None
     #: Whether this call refreshed the TTL.
     touched: bool = False
+    #: Whether the secret that the call offered was taken, to be presented from now on.
+    offered: bool = False
 
 
 class Applied(NamedTuple):
@@ -51,6 +54,7 @@ class Applied(NamedTuple):
     identity: bytes
     state: bytes
     touched: bool
+    offered: bool
     expiry_changed: bool
     now_ms: int
     #: Fields that were changed by others since the base, and what this commit replaced there.

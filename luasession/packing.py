@@ -5,10 +5,11 @@ from __future__ import annotations
 from .delta import Change, Delta
 
 
-def pack_delta(delta: Delta, new_digest: bytes) -> list[bytes]:
+def pack_delta(delta: Delta, new_digest: bytes, offer: bytes = b"") -> list[bytes]:
     """Return the arguments of commit.lua from the base on.
 
     :param new_digest: of the secret that the session has afterwards, empty if it keeps its own.
+    :param offer: see :func:`pack_offer`; empty for none.
     """
     arguments = [
         delta.base or b"",
@@ -21,10 +22,16 @@ def pack_delta(delta: Delta, new_digest: bytes) -> list[bytes]:
         b"" if delta.lifetime_ms is None else b"%d" % delta.lifetime_ms,
         pack_change(delta.principal) if delta.principal else b"",
         pack_change(delta.label) if delta.label else b"",
+        offer,
     ]
     while arguments and not arguments[-1]:  # what changes rarely stands last, and may be left out
         arguments.pop()
     return arguments
+
+
+def pack_offer(digest: bytes, renew_after_ms: int) -> bytes:
+    """Return the offer of another secret, for a session whose own is of that age or older."""
+    return digest + renew_after_ms.to_bytes(6)
 
 
 def pack_change(change: Change) -> bytes:

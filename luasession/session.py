@@ -353,16 +353,16 @@ class LuaSession(SessionMixin):
             return
         try:
             refused = self._apply()
+            if refused is not None:
+                self._discard(refused)
+            elif self._ledger.loaded is not None:
+                visit.touch(self._ledger.loaded)
         except Exception:
-            self._visit.failed = True
+            visit.failed = True
             raise
         finally:
             # The response goes out now: an id made later would never reach the browser.
-            self._visit.close()
-        if refused is not None:
-            self._discard(refused)
-        elif self._ledger.loaded is not None:
-            self._visit.touch(self._ledger.loaded)
+            visit.close()
 
     def save_late(self) -> None:
         """Apply what was changed after :meth:`save`, while the response was sent (G15)."""

@@ -182,8 +182,8 @@ def read_hash(raw: dict[bytes, bytes]) -> Snapshot:
     pop(b"@j", None)
     if state is None or state[36] == 0:  # nothing that is used rarely
         return Snapshot(identity, state or b"", raw)
-    pop(b"@f", None)
-    pop(b"@c", None)
+    for name in (b"@f", b"@c", b"@n"):
+        pop(name, None)
     lifetime, principal, label = pop(b"@e", None), pop(b"@p", None), pop(b"@l", None)
     deadlines = pop(b"@x", None)
     return Snapshot(identity, state or b"", raw, *_extras(lifetime, principal, label, deadlines))

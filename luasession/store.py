@@ -25,7 +25,7 @@ from .delta import Change, Delta
 from .errors import CorruptSession, SessionTooLarge, SessionUnavailable
 from .ids import SessionId, new_write_id, same_digest
 from .outcome import Applied, Conflicting, Loaded, Refused, Standing
-from .packing import pack_change, pack_delta
+from .packing import pack_change, pack_delta, pack_offer
 from .scripts import Code, script
 from .snapshot import Snapshot, read_changes, read_hash
 from .stats import Stats
@@ -115,9 +115,10 @@ class Store:
         here.stats.add("cache_hits")
         return entry.snapshot
 
-    def load(self, session_id: SessionId, caller: Caller) -> Loaded:
+    def load(self, session_id: SessionId, caller: Caller, offer: SessionId | None = None) -> Loaded:
         """Read a session; only what changed, where an older snapshot is cached.
 
+        :param offer: the id that it is to have next, if its secret is due to be renewed.
         :raise SessionUnavailable: if Redis does not answer within the deadline.
         :raise CorruptSession: if what is stored is not a session of a known format.
         """
@@ -129,17 +130,20 @@ class Store:
             snapshot = self._read_whole(session_id, caller)
             if snapshot is not None:
                 return Loaded(Standing.LIVE, snapshot)
-        return self._load(session_id, session_id.digest, caller, entry and entry.snapshot)
+        return self._load(session_id, session_id.digest, caller, entry and entry.snapshot, offer)
 
-    def confirm(self, session_id: SessionId, snapshot: Snapshot, caller: Caller) -> Loaded:
+    def confirm(
+        self, session_id: SessionId, snapshot: Snapshot, caller: Caller, offer: SessionId | None = None
+    ) -> Loaded:
         """Ask whether a snapshot still holds, which refreshes the TTL if that is due.
 
         It does not wait for a server that is down.
 
+        :param offer: the id that it is to have next, if its secret is due to be renewed.
         :raise SessionUnavailable: if Redis does not answer at once.
         """
         impatient = caller._replace(patience=Patience(0))
-        return self._load(session_id, session_id.digest, impatient, snapshot)
+        return self._load(session_id, session_id.digest, impatient, snapshot, offer)
 
     def _read_whole(self, session_id: SessionId, caller: Caller) -> Snapshot | None:
         # A plain HGETALL: Lua builds the same reply at several times the server's CPU. It proves itself
@@ -156,8 +160,16 @@ class Store:
         self._remember(session_id.handle, snapshot, sent)
         return snapshot
 
-    def _load(self, session_id: SessionId, digest: bytes, caller: Caller, base: Snapshot | None) -> Loaded:
+    def _load(
+        self,
+        session_id: SessionId,
+        digest: bytes,
+        caller: Caller,
+        base: Snapshot | None,
+        offer: SessionId | None = None,
+    ) -> Loaded:
         here = self._here
+        offered = self._packed_offer(offer)
         lifetime_ms = (base and base.lifetime_ms) or caller.lifetime_ms
 
         def arguments(age: int, _resend: int) -> tuple[bytes, ...]:
@@ -168,6 +180,7 @@ class Store:
                 b"%d" % caller.lifetime_ms,
                 b"%d" % (self._config.touch_ms(lifetime_ms) if caller.uses else _NEVER),
                 b"%d" % self._config.grace_ms,
+                offered,
             )
 
         sent, (code, _id, _now, *rest) = self._run(
@@ -177,7 +190,7 @@ class Store:
             here.stats.add("loads")
             here.cache.drop(session_id.handle)
             return Loaded(_standing(code))
-        identity, state, former, touched, *items = rest
+        identity, state, former, flags, *items = rest
         here.stats.add("loads", sum(len(item) for item in items if item))
         if code == Code.UNCHANGED and base:
             snapshot = base.at(identity, state)
@@ -186,10 +199,13 @@ class Store:
         else:
             snapshot = read_hash(_paired(items))
         if former:
-            return Loaded(Standing.FORMER, snapshot, bool(touched))
+            return Loaded(Standing.FORMER, snapshot, bool(flags & 1))
         if digest:
             self._remember(session_id.handle, snapshot, sent)
-        return Loaded(Standing.LIVE, snapshot, bool(touched))
+        return Loaded(Standing.LIVE, snapshot, bool(flags & 1), bool(flags & 2))
+
+    def _packed_offer(self, offer: SessionId | None) -> bytes:
+        return pack_offer(offer.digest, self._config.renew_after_ms or 0) if offer else b""
 
     def open(self, handle: str, name: bytes, stored: bytes) -> bytes:
         """Return the bytes of a value as the serializer made them.
@@ -211,15 +227,17 @@ class Store:
         caller: Caller,
         *,
         rotate_to: SessionId | None = None,
+        offer: SessionId | None = None,
     ) -> Applied | Conflicting | Refused:
         """Apply a delta to a session that is there.
 
         :param rotate_to: the id that it has afterwards, if the delta rotates.
+        :param offer: the id that it is to have next, if its secret is due to be renewed.
         :raise SessionTooLarge: if it would outgrow ``SESSION_MAX_BYTES``.
         :raise SessionUnavailable: if Redis does not answer within the deadline, or
             answers that whether the commit was applied is no longer known.
         """
-        return self._commit(session_id.handle, session_id.digest, delta, caller, rotate_to)
+        return self._commit(session_id.handle, session_id.digest, delta, caller, rotate_to, offer)
 
     def commit_current(self, handle: str, delta: Delta, caller: Caller) -> Applied | Conflicting | Refused:
         """Apply a delta under whatever secret is current, for calls from outside a request."""
@@ -243,6 +261,7 @@ class Store:
         delta: Delta,
         caller: Caller,
         rotate_to: SessionId | None = None,
+        offer: SessionId | None = None,
         *,
         create: bool = False,
     ) -> Applied | Conflicting | Refused:
@@ -257,7 +276,7 @@ class Store:
         lifetime_ms = caller.lifetime_ms
         touch_ms = config.touch_ms(lifetime_ms) if caller.uses else _NEVER
         numbers = b"%c%b%b%b" % (flags, lifetime_ms.to_bytes(6), touch_ms.to_bytes(6), self._limits)
-        packed = pack_delta(delta, rotate_to.digest if rotate_to else b"")
+        packed = pack_delta(delta, rotate_to.digest if rotate_to else b"", self._packed_offer(offer))
 
         def arguments(age: int, resend: int) -> tuple[bytes, ...]:
             return (digest, age.to_bytes(7) + resend.to_bytes(7) + numbers, *packed)
@@ -328,7 +347,8 @@ class Store:
             former,
             identity,
             state,
-            packed[16] == 1,
+            packed[16] & 1 == 1,
+            packed[16] & 2 == 2,
             packed[17] == 1 or (packed[17] == 2 and _moves_expiry(delta)),
             now_ms,
             report,

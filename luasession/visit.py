@@ -61,6 +61,8 @@ class Visit:
     standing: Standing | None = None
     #: The id that a commit of this request made; the response has to carry it.
     issued: SessionId | None = None
+    #: The id that the session is to have next, in place of one that is due: the response offers it.
+    offered: SessionId | None = None
     #: The version to put into the hint cookie; None to leave the hint alone.
     made: int | None = None
     #: Whether others were writing meanwhile, so that every process has to confirm.
@@ -180,8 +182,11 @@ class Visit:
             self._open()
         if self._id is None or self.standing in _ABSENT:
             return None
-        loaded = self._store.load(self._id, self.caller)
+        offer = self._offer()
+        loaded = self._store.load(self._id, self.caller, offer)
         self.standing = loaded.standing
+        if loaded.offered:
+            self.offered = offer
         if loaded.snapshot is None:
             return None
         self.seen = loaded.snapshot
@@ -205,24 +210,30 @@ class Visit:
         if self._id is None or self.standing is Standing.MISSING:
             return self.create(delta)
         rotate_to = self._id.rotated(self.config.id_length) if delta.rotation else None
+        offer = None if rotate_to else self._offer()
         self._enter(self._id, delta)
-        result = self._store.commit(self._id, delta, self.caller, rotate_to=rotate_to)
+        result = self._store.commit(self._id, delta, self.caller, rotate_to=rotate_to, offer=offer)
         if isinstance(result, Applied):
             self.standing = Standing.FORMER if result.former else Standing.LIVE
             if rotate_to:
                 self._id = self.issued = rotate_to
+            if rotate_to or result.offered:
+                self.offered = offer
             self._note_commit(result)
             self._move_entry(self._id, delta)
         elif isinstance(result, Refused):
-            self.standing = result.standing
-            if result.standing is Standing.MISSING:
-                if delta.base is None and delta.creates:
-                    return self.create(delta)
-                if delta.base is not None:
-                    # It was there when it was read, so it has ended since.
-                    self.standing = Standing.GONE
-                    return Refused(Standing.GONE)
+            return self._refused(delta, result)
         return result
+
+    def _refused(self, delta: Delta, refused: Refused) -> Applied | Refused:
+        self.standing = refused.standing
+        if refused.standing is not Standing.MISSING:
+            return refused
+        if delta.base is not None:
+            # It was there when it was read, so it has ended since.
+            self.standing = Standing.GONE
+            return Refused(Standing.GONE)
+        return self.create(delta) if delta.creates else refused
 
     def create(self, delta: Delta) -> Applied | Refused:
         """Start a session of this request's own."""
@@ -240,6 +251,7 @@ class Visit:
             self.standing = Standing.GONE
             return Refused(Standing.GONE)
         self._id = self.issued = session_id
+        self.offered = None
         self.standing = Standing.LIVE
         self.ended = False
         self._note_commit(result)
@@ -253,13 +265,22 @@ class Visit:
             return False
         destroyed = self._store.destroy(self._id.handle, self._id.digest, self.caller)
         self._leave(self._id)
-        self.issued = self.made = None
+        self.issued = self.offered = self.made = None
         self.ended = destroyed
         if destroyed:
             self.standing = Standing.MISSING
         # Else somebody was faster, and what is set afterwards is told so: it may have ended while this
         # request was open, and then starts no other one (G7).
         return destroyed
+
+    def _offer(self) -> SessionId | None:
+        # Whether the secret is due the script knows; here is only spared what cannot be.
+        renew_after_ms = self.config.renew_after_ms
+        if renew_after_ms is None or self.offered or self._id is None or not self.has_browser or self._closed:
+            return None
+        if self.seen is not None and self.now_ms - self.seen.created_ms < renew_after_ms:
+            return None
+        return self._id.rotated(self.config.id_length)
 
     def _enter(self, session_id: SessionId, delta: Delta) -> None:
         # Before the session says so: whoever ends all sessions of the principal finds it in any case.
@@ -299,10 +320,13 @@ class Visit:
         interval = self.config.touch_ms(snapshot.lifetime_ms or self.caller.lifetime_ms)
         if self.now_ms - snapshot.touched_ms < interval:
             return
+        offer = self._offer()
         try:
-            loaded = self._store.confirm(self._id, snapshot, self.caller)
+            loaded = self._store.confirm(self._id, snapshot, self.caller, offer)
         except SessionUnavailable:
             return
+        if loaded.offered:
+            self.offered = offer
         self.seen = loaded.snapshot or self.seen
         self._note_touch(loaded.touched)
 

@@ -138,7 +138,7 @@ GOOD = [
     ("SESSION_ABSOLUTE_LIFETIME", timedelta(days=1), "absolute_ms", DAY),
     ("SESSION_ABSOLUTE_LIFETIME", 86_400, "absolute_ms", DAY),
     ("SESSION_RENEW_AFTER", None, "renew_after_ms", None),
-    ("SESSION_RENEW_AFTER", 1.5, "renew_after_ms", 1500),
+    ("SESSION_RENEW_AFTER", 3600.5, "renew_after_ms", 3_600_500),
     ("SESSION_ROTATION_GRACE", 5, "grace_ms", 5000),
     ("SESSION_TOUCH_INTERVAL", None, "touch_interval_ms", None),
     ("SESSION_TOUCH_INTERVAL", 0, "touch_interval_ms", 0),

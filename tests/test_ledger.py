@@ -475,6 +475,7 @@ def applied(delta: Delta, base: Snapshot | None, *, version: int, replaced: byte
         identity=identity(),
         state=now,
         touched=True,
+        offered=False,
         expiry_changed=False,
         now_ms=NOW_MS,
         report={},

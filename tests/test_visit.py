@@ -56,7 +56,7 @@ def applied(version: int, *, former: bool = False, **more: Any) -> Applied:
         "now_ms": NOW_MS,
         "report": {},
     }
-    return Applied(**{"stored": Delta()} | values | more)
+    return Applied(**{"stored": Delta(), "offered": False} | values | more)
 
 
 # Cookies.
