@@ -32,8 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:Depreca
 
 
 class User(UserMixin):
-    def __init__(self, id: Any) -> None:
-        self.id = id
+    def __init__(self, user_id: Any) -> None:
+        self.id = user_id
 
     def get_id(self) -> Any:
         return self.id
