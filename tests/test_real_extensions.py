@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
 from threading import Barrier, Thread
 from typing import Any
 from uuid import uuid4
@@ -144,7 +143,9 @@ def test_forms_of_parallel_tabs(notes: Web) -> None:
     with ThreadPoolExecutor(len(tabs) + 2) as pool:
         answers = [pool.submit(fill_in, number) for number in range(len(tabs))]
         answers += [pool.submit(read) for _ in range(2)]
-        assert sorted(each.result() for each in answers) == [(200, b"ok")] * 2 + [(200, b"stored")] * len(tabs)
+        assert sorted(each.result() for each in answers) == [(200, b"ok")] * 2 + [(200, b"stored")] * len(
+            tabs
+        )
     found = shown(notes.browser({"session": browser.cookies["session"]}))
     assert {key for key in found if key.startswith("note ")} == {f"note {number}" for number in range(4)}
     assert found["other"] == "other"
@@ -158,7 +159,7 @@ class Role(RoleMixin):
 
 
 class User(UserMixin):
-    fs_uniquifier = ""
+    fs_uniquifier = email = password = ""
 
     def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)
@@ -195,6 +196,7 @@ def secured(valkey: Server) -> Iterator[tuple[Flask, Web]]:
         SECURITY_PASSWORD_SINGLE_HASH={"plaintext"},
         SECURITY_DEPRECATED_PASSWORD_SCHEMES=[],
         SECURITY_REGISTERABLE=True,
+        SECURITY_LOGOUT_METHODS=["GET", "POST"],
         SECURITY_SEND_REGISTER_EMAIL=False,
         SECURITY_USE_REGISTER_V2=True,
         SECURITY_EMAIL_VALIDATOR_ARGS={"check_deliverability": False, "test_environment": True},
@@ -208,7 +210,7 @@ def secured(valkey: Server) -> Iterator[tuple[Flask, Web]]:
         return str(current_user.email)
 
     @app.route("/fresh/<key>")
-    @auth_required("session", within=timedelta(hours=1), grace=timedelta(minutes=10))
+    @auth_required("session", within=60, grace=10)
     def fresh(key: str) -> str:
         return set_key(key)
 
