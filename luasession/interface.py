@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from flask.sessions import SessionInterface
 from werkzeug.http import dump_cookie
 
+from .clock import now_ns
 from .codec import make_serializer
 from .outcome import Standing
 from .policy import Policies
 from .session import LuaSession
-from .visit import Errand, Visit, now_ns
+from .visit import Errand, Visit
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from . import signals
+from .clock import now_ns
 from .config import Config, idle_lifetime
 from .delta import Delta
 from .errors import SessionUnavailable
@@ -359,8 +359,3 @@ _ABSENT = (Standing.MISSING, *_ENDED)
 @cache
 def _cookies(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?:^|;)\s*{re.escape(name)}(|_v|_o)=([^;]*)")
-
-
-def now_ns() -> int:
-    """Return the monotonic clock in nanoseconds, by which the age of a request is counted."""
-    return time.monotonic_ns()
