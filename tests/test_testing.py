@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -277,11 +277,42 @@ def test_requests_while_the_clock_is_moved(app: TestApp, move: Move, date: datet
             browser.run(overlap)
             assert browser.run(lambda: session["cart"]) == ["book", "pen"]
             assert browser.run(lambda: (session["offer"], session["seen"])) == (5, ["book"])
-    for browser in (before, inside):
-        browser = browser.twin()  # with all cookies: the jar drops what is over by the date
+    for browser in (before.twin(), inside.twin()):  # the jars have dropped what was over by the date
         assert browser.run(lambda: (session["cart"], session["offer"])) == (["book", "pen"], 5)
         browser.run(lambda: session.destroy())
         assert browser.run(lambda: dict(session)) == {}
+
+
+def test_a_clock_that_moves_in_a_request(app: TestApp, move: Move, date: datetime) -> None:
+    """Moved to and fro while a request is open, it is open all the same: it commits over a rotation, not over an end."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    first, second = browser.twin(), browser.twin()
+
+    def rotate() -> None:
+        time.sleep(0.05)  # ages are exact to a call's transit; this is well over it
+        moved.close()
+        first.run(lambda: session.regenerate())
+        session["b"] = session["a"] + 1
+        session.commit()  # type: ignore[attr-defined]
+        moved.enter_context(move(date))
+        session["c"] = 3
+
+    def end() -> None:
+        time.sleep(0.05)  # ages are exact to a call's transit; this is well over it
+        first.run(lambda: session.destroy())
+        moved.enter_context(move(date))
+        session["d"] = 4
+        with pytest.raises(SessionGone):
+            session.commit()  # type: ignore[attr-defined]
+
+    with ExitStack() as moved:
+        moved.enter_context(move(date))
+        second.run(rotate)
+    assert first.run(lambda: dict(session)) == {"a": 1, "b": 2, "c": 3}
+    with ExitStack() as moved:
+        first.twin().run(end)
+    assert first.run(lambda: dict(session)) == {}
 
 
 def test_trust_ends_all_the_same(make_valkey_app: MakeApp, move: Move, date: datetime) -> None:
@@ -338,3 +369,19 @@ def test_a_clock_that_is_set_back(app: TestApp, monkeypatch: pytest.MonkeyPatch,
     assert browser.run(lambda: dict(session)) == {"a": 1, "b": 2}
     browser.run(lambda: session.destroy())
     assert browser.run(lambda: dict(session)) == {}
+
+
+def test_a_clock_that_is_set_back_ends_trust(
+    make_valkey_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was cached at a moment that is still to come is not trusted."""
+    app = make_valkey_app(SESSION_CACHE_TTL=60)
+    browser = app.browser()
+    browser.run(lambda: session.update(n=1))
+    plain = browser.twin()
+    plain.client.delete_cookie("session_v")
+    browser.twin(app.another()).run(lambda: session.update(n=2))
+    assert plain.run(lambda: session["n"]) == 1
+    real = luasession.store.now_ns
+    monkeypatch.setattr(luasession.store, "now_ns", lambda: real() - 10**12)
+    assert plain.run(lambda: session["n"]) == 2
