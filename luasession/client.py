@@ -26,6 +26,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from . import embedded
+from .clock import now_ns
 from .config import Config
 from .errors import ConfigurationError, SessionUnavailable
 
@@ -211,11 +212,11 @@ class Client:
         first = 0
         known = True
         while True:
-            begun = time.monotonic_ns()
+            begun = now_ns()
             try:
                 connection = self._connections.take()
                 try:
-                    sent = time.monotonic_ns()
+                    sent = now_ns()
                     first = first or sent
                     reply = self._exchange(connection, words(sent, first, known), wait)
                     if not accept(reply):
@@ -237,7 +238,7 @@ class Client:
                     continue
                 if not _is_passing(error):
                     raise _unavailable(error) from error
-                patience.wait(error, (time.monotonic_ns() - begun) / 1e9)
+                patience.wait(error, max(now_ns() - begun, 0) / 1e9)
             else:
                 return sent, reply
 

@@ -117,6 +117,18 @@ def start(directory: Path | None, *, name: str) -> str:
     return str(path)
 
 
+def stop(directory: Path) -> None:
+    """End the server of a directory for everybody, and wait for it; its data is not written.
+
+    :raises TimeoutError: it does not end.
+    """
+    directory = directory.expanduser().resolve()
+    with _starting(directory):
+        if (descriptor := _joined.pop(directory, None)) is not None:
+            os.close(descriptor)
+        _end(directory, "SHUTDOWN NOSAVE", "its server does not end")
+
+
 def directory_from(text: str) -> Path | None:
     """Read what an ``embedded://`` URL says after its two slashes.
 
@@ -216,7 +228,9 @@ def _ensure_running(directory: Path, binary: str) -> bool:
                 f"the embedded server did not start, the end of {directory / _LOG}:\n"
                 + _end_of_log(directory)
             )
-        _end_orphan(directory)
+        # One whose supervisor was killed. On Linux the kernel has told it to end already. It must be gone
+        # before another one starts: it would remove the new one's socket on its way out.
+        _end(directory, "SHUTDOWN SAVE", "a server without supervisor does not end")
         _launch(directory, binary)
         launched = True
         return False
@@ -225,20 +239,16 @@ def _ensure_running(directory: Path, binary: str) -> bool:
     return launched
 
 
-def _end_orphan(directory: Path) -> None:
-    """End a server whose supervisor was killed, and wait for it.
-
-    On Linux the kernel has told it to end already. It must be gone before another
-    one starts: it would remove the new one's socket on its way out.
-    """
+def _end(directory: Path, command: str, otherwise: str) -> None:
+    """End the server of a directory, and wait until it and its supervisor are gone."""
 
     def has_ended() -> bool:
         if _is_free(directory / _SERVER):
             return True
-        _ask(directory, "SHUTDOWN SAVE")
+        _ask(directory, command)
         return False
 
-    _wait_until(has_ended, "a server without supervisor does not end")
+    _wait_until(has_ended, otherwise)
 
 
 def _launch(directory: Path, binary: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from flask import current_app
 from flask.globals import request_ctx
 
+from . import login
 from .config import read_config
 from .interface import LuaSessionInterface
 from .session import LuaSession
@@ -38,7 +39,9 @@ class Session:
         """
         config = read_config(app.config)
         store = Store(config, app.root_path)
-        interface = LuaSessionInterface(app, config, store)
+        # Another extension may set its login manager up later than this.
+        connect = login.connect if config.login_hooks else None
+        interface = LuaSessionInterface(app, config, store, connect)
         app.session_interface = interface
         if "luasession" not in app.extensions:
             app.teardown_request(_save_late)

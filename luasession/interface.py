@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 from flask.sessions import SessionInterface
 from werkzeug.http import dump_cookie
 
+from .clock import now_ns
 from .codec import make_serializer
 from .outcome import Standing
 from .policy import Policies
 from .session import LuaSession
-from .visit import Errand, Visit, now_ns
+from .visit import Errand, Visit
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from blinker import NamedSignal
     from flask import Flask
     from flask.sessions import SessionMixin
@@ -33,18 +36,25 @@ class LuaSessionInterface(SessionInterface):
     Opening a session costs nothing and asks nobody. Saving applies the delta; an
     error that is met there becomes the response, by way of the app's error
     handlers, and takes the place of what the view returned.
+
+    :param connect: called with the app at each request until it returns True.
     """
 
-    def __init__(self, app: Flask, config: Config, store: Store) -> None:
+    def __init__(
+        self, app: Flask, config: Config, store: Store, connect: Callable[[Flask], bool] | None = None
+    ) -> None:
         # Weakly: Flask promises that an app that nobody holds is freed.
         self._app = weakref.ref(app)
         self._config = config
         self._store = store
         self._serializer = make_serializer(config.serializer)
         self._policies = Policies(config.conflict, config.merge)
+        self._connect = connect
 
     def open_session(self, app: Flask, request: Request) -> LuaSession:
         """Return a session that will read the request's cookie when it is first used."""
+        if self._connect is not None and self._connect(app):
+            self._connect = None
         visit = Visit(
             self._store,
             self._config,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flask.sessions import SessionMixin
 
 from . import merge, signals
+from .clock import now_ns
 from .config import milliseconds
 from .delta import Change, Check, Delta, Put, Rotation
 from .errors import ConfigurationError, SessionConflict, SessionGone
@@ -431,12 +432,12 @@ class LuaSession(SessionMixin):
         self, delta: Delta, conflicting: Conflicting, resolve: Callable[[Delta, Conflicting], Delta]
     ) -> tuple[Delta, Applied | Refused]:
         """Commit with what is made of a conflict, until there is none any more."""
-        started = time.monotonic()
+        started = now_ns()
         longest = _FIRST_PAUSE
         for rounds in count(1):
             delta = resolve(delta, conflicting)
             self._visit.count("merges")
-            if rounds >= _ROUNDS and time.monotonic() - started > self._visit.config.redis_deadline:
+            if rounds >= _ROUNDS and now_ns() - started > self._visit.config.redis_deadline * 1e9:
                 raise SessionConflict([key for name in conflicting.current if (key := session_key(name))])
             time.sleep(random.uniform(0, longest))  # noqa: S311 - jitter, no secret
             longest = min(longest * 2, _LONGEST_PAUSE)

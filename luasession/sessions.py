@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from . import signals
+from .clock import now_ns
 from .config import idle_lifetime
 from .errors import CorruptSession, SessionGone
 from .ids import is_handle
-from .visit import now_ns
 
 if TYPE_CHECKING:
     from flask import Flask

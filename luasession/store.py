@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from .cache import SnapshotCache
 from .client import Client, Patience, connect
+from .clock import now_ns
 from .config import Config
 from .delta import Change, Delta
 from .errors import CorruptSession, SessionTooLarge, SessionUnavailable
@@ -34,6 +35,8 @@ from .vault import Vault
 _NOTHING: Mapping[bytes, bytes | None] = MappingProxyType({})
 # Milliseconds between two touches by those who do not use a session.
 _NEVER = 1 << 47
+# Microseconds that the scripts can be told.
+_LONGEST = (1 << 56) - 1
 # Entries of an index that are looked at when another one is entered.
 _STALE_AT_ONCE = 8
 
@@ -108,7 +111,7 @@ class Store:
         window = self._config.trust_seconds(entry.snapshot.lifetime_ms or caller.lifetime_ms)
         if (
             entry.snapshot.version < hint
-            or time.monotonic_ns() - entry.sent >= window * 1e9
+            or not 0 <= now_ns() - entry.sent < window * 1e9
             or entry.snapshot.ends_ms <= self.now_ms()
         ):
             return None
@@ -454,7 +457,7 @@ class Store:
         offset = self._here.clock_offset
         if offset is None:
             return time.time_ns() // 1_000_000
-        return (time.monotonic_ns() // 1000 + offset) // 1000
+        return (now_ns() // 1000 + offset) // 1000
 
     @property
     def stats(self) -> Stats:
@@ -503,7 +506,7 @@ class Store:
         # From the sending, so the clock is early by a transit at most: nothing outlives its end. A slow
         # reply tells little, so only the first one counts whatever it took.
         here = self._here
-        if here.clock_offset is None or time.monotonic_ns() - sent < 20_000_000:
+        if here.clock_offset is None or now_ns() - sent < 20_000_000:
             here.clock_offset = server_us - sent // 1000
 
     def _run(
@@ -530,8 +533,8 @@ class Store:
             how = (b"EVALSHA", text.sha) if known else (b"EVAL", text.text)
             # Sent again it is marked so, even within a microsecond: not found in the ring, it may have
             # been applied.
-            resend = max((sent - first) // 1000, 1) if sent != first else 0
-            return (*how, b"1", key, call_id, *arguments((sent - caller.opened) // 1000, resend))
+            resend = _microseconds(sent - first) or 1 if sent != first else 0
+            return (*how, b"1", key, call_id, *arguments(_microseconds(sent - caller.opened), resend))
 
         def accept(reply: Any) -> bool:
             return isinstance(reply, list) and len(reply) >= 3 and bool(reply[1] == call_id)
@@ -571,6 +574,11 @@ def _is_hash(reply: Any) -> bool:
     # Another call's reply may be a list as well, of anything.
     items = [*reply, *reply.values()] if isinstance(reply, dict) else reply
     return isinstance(items, list) and len(items) % 2 == 0 and set(map(type, items)) <= {bytes}
+
+
+def _microseconds(nanoseconds: int) -> int:
+    # As the scripts take it, 7 bytes. A clock that was set back makes nobody younger than nothing.
+    return min(max(nanoseconds // 1000, 0), _LONGEST)
 
 
 def _is_time(reply: Any) -> bool:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from . import signals
+from .clock import now_ns
 from .config import Config, idle_lifetime
 from .delta import Delta
 from .errors import SessionUnavailable
@@ -276,7 +276,7 @@ class Visit:
     def _offer(self) -> SessionId | None:
         # Whether the secret is due the script knows; here is only spared what cannot be.
         renew_after_ms = self.config.renew_after_ms
-        if renew_after_ms is None or self.offered or self._id is None or not self.has_browser or self._closed:
+        if renew_after_ms is None or self.offered or self._id is None or self._closed:
             return None
         if self.seen is not None and self.now_ms - self.seen.created_ms < renew_after_ms:
             return None
@@ -393,8 +393,3 @@ _ABSENT = (Standing.MISSING, *_ENDED)
 @cache
 def _cookies(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?:^|;)\s*{re.escape(name)}(|_v|_o)=([^;]*)")
-
-
-def now_ns() -> int:
-    """Return the monotonic clock in nanoseconds, by which the age of a request is counted."""
-    return time.monotonic_ns()

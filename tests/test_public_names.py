@@ -13,7 +13,7 @@ from flask import session
 from flask.sessions import SessionInterface, SessionMixin
 
 import luasession
-from luasession import LuaSession, merge, signals
+from luasession import LuaSession, merge, signals, testing
 
 from .conftest import MakeApp, TestApp
 
@@ -73,6 +73,37 @@ def test_submodules() -> None:
     assert "MISSING" in repr(merge.MISSING)
     for name in SIGNALS:
         assert getattr(luasession, name) is getattr(signals, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("server", {}),
+        (
+            "open_session",
+            {
+                "app": inspect.Parameter.empty,
+                "keys": None,
+                "client": None,
+                "principal": None,
+                "label": None,
+            },
+        ),
+        ("expire", {"client": inspect.Parameter.empty}),
+    ],
+)
+def test_testing(name: str, parameters: dict[str, Any]) -> None:
+    """What luasession.testing has is documented, and called by these names and defaults."""
+    function = getattr(testing, name)
+    assert inspect.getdoc(function)
+    found = {key: value.default for key, value in inspect.signature(function).parameters.items()}
+    assert found == parameters
+
+
+def test_nothing_else_is_public_in_testing() -> None:
+    """Its names are those that it lists, the fixture among them."""
+    assert sorted(testing.__all__) == ["expire", "luasession_server", "open_session", "server"]
+    assert all(hasattr(testing, name) for name in testing.__all__)
 
 
 def test_nothing_else_is_public() -> None:

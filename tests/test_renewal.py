@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from flask import session
+from flask import session, stream_with_context
 
 from luasession import ConfigurationError
 
@@ -121,13 +121,33 @@ def test_a_young_id_is_left_alone(app: TestApp) -> None:
     assert "session" in browser.set_cookies
 
 
-def test_a_rotation_counts_as_a_renewal(app: TestApp) -> None:
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_rotation_counts_as_a_renewal(app: TestApp, blind: bool) -> None:
     """After an explicit rotation the time counts anew."""
     browser, handle = begin(app, HOUR - MINUTE)
     browser.run(lambda: session.regenerate())
     age(app, handle, 2 * MINUTE)
-    user(browser)
+    browser.run(lambda: session.update(n=1) if blind else session.get("user"))
     assert "session" not in browser.set_cookies
+
+
+def test_nothing_is_offered_once_the_response_is_out(app: TestApp) -> None:
+    """A session that is first used while the response is sent gets no offer, which could not travel any more."""
+    browser, handle = begin(app)
+
+    def stream() -> Any:
+        def body() -> Iterator[str]:
+            yield "a"
+            session["late"] = 1
+
+        return app.flask.response_class(stream_with_context(body()))
+
+    browser.run(stream)
+    assert browser.response is not None
+    assert browser.response.text == "a"
+    stored = app.stored(handle)
+    assert b"late" in stored
+    assert b"@n" not in stored
 
 
 def test_what_does_not_use_the_session_is_offered_nothing(app: TestApp) -> None:

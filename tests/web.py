@@ -16,6 +16,7 @@ from http.cookies import SimpleCookie
 from pathlib import Path
 from threading import Barrier
 from typing import Any
+from urllib.parse import urlencode
 
 from flask import Flask, request, session
 
@@ -133,15 +134,20 @@ class WebBrowser:
         self._port = port
         self.cookies = dict(cookies)
 
-    def request(self, path: str, body: Any = None) -> tuple[int, bytes, list[str]]:
-        """Send one request; return status, body and the cookies that were set."""
+    def request(
+        self, path: str, body: Any = None, form: dict[str, str] | None = None
+    ) -> tuple[int, bytes, list[str]]:
+        """Send one request, a body as JSON; return status, body and the cookies that were set."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
         headers = {"Cookie": "; ".join(f"{name}={value}" for name, value in self.cookies.items())}
+        sent = None
         if body is not None:
             headers["Content-Type"] = "application/json"
-        connection.request(
-            "GET" if body is None else "POST", path, json.dumps(body) if body else None, headers
-        )
+            sent = json.dumps(body) if body else None
+        elif form is not None:
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+            sent = urlencode(form)
+        connection.request("GET" if body is None and form is None else "POST", path, sent, headers)
         response = connection.getresponse()
         content = response.read()
         lines = response.headers.get_all("Set-Cookie") or []

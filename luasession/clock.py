@@ -1,0 +1,23 @@
+"""The clock by which ages and trust are counted: real time that passes, whatever the date is said to be.
+
+The other side of each comparison is Redis, whose clock no test can move. So a
+frozen or travelling Python clock must not get in here: freezegun replaces the
+functions of :mod:`time` for monotonic clocks, and lets the system's clocks be
+asked by number.
+"""
+
+from __future__ import annotations
+
+import time
+
+if hasattr(time, "clock_gettime_ns"):
+
+    def now_ns() -> int:
+        """Return the monotonic clock in nanoseconds."""
+        return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+
+else:
+
+    def now_ns() -> int:
+        """Return the monotonic clock in nanoseconds."""
+        return time.monotonic_ns()
