@@ -124,7 +124,7 @@ class Visit:
     @property
     def now_ms(self) -> int:
         """The server's clock in milliseconds."""
-        return self._store.now_ms()
+        return self._store.now_ms(self._id.handle if self._id else "")
 
     def _open(self) -> None:
         if self._request is None:
