@@ -478,7 +478,10 @@ class SentinelTopology:
                     raw = client.execute_command("SENTINEL", "MASTER", "main")
                 state = raw if isinstance(raw, dict) else dict(zip(raw[::2], raw[1::2], strict=True))
                 state = {_text(name): _text(value) for name, value in state.items()}
-                if "down" in state["flags"] or (state["num-slaves"], state["num-other-sentinels"]) != ("2", "2"):
+                if "down" in state["flags"] or (state["num-slaves"], state["num-other-sentinels"]) != (
+                    "2",
+                    "2",
+                ):
                     return False
             return all(_is_linked(server) for server in self.servers if server is not self.primary)
 
@@ -583,9 +586,15 @@ class ClusterTopology:
                     if b"cluster_state:ok" not in client.execute_command("CLUSTER INFO"):
                         return False
                     lines = client.execute_command("CLUSTER NODES").decode().splitlines()
-                    if "fail" in " ".join(line.split()[2] for line in lines) or len(lines) != len(self.servers):
+                    if "fail" in " ".join(line.split()[2] for line in lines) or len(lines) != len(
+                        self.servers
+                    ):
                         return False
-                    views.add(tuple(sorted((f[0], f[2].removeprefix("myself,"), f[3]) for f in map(str.split, lines))))
+                    views.add(
+                        tuple(
+                            sorted((f[0], f[2].removeprefix("myself,"), f[3]) for f in map(str.split, lines))
+                        )
+                    )
                     if b"role:slave" in (info := client.execute_command("INFO replication")) and (
                         b"master_link_status:up" not in info
                     ):
@@ -637,9 +646,12 @@ def cluster(kind: str) -> Iterator[ClusterTopology]:
                     client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
                     if number < 3:
                         # 6.2 has no ADDSLOTSRANGE.
-                        client.execute_command("CLUSTER", "ADDSLOTS", *range(bounds[number], bounds[number + 1]))
-                    for other in topology.servers[number + 1 :]:
-                        client.execute_command("CLUSTER", "MEET", "127.0.0.1", other.port)
+                        client.execute_command(
+                            "CLUSTER", "ADDSLOTS", *range(bounds[number], bounds[number + 1])
+                        )
+                # Only when all have an epoch: a node that has met another takes none.
+                for client in clients[1:]:
+                    client.execute_command("CLUSTER", "MEET", "127.0.0.1", topology.servers[0].port)
                 for number in range(3):
                     primary = topology.node_id(topology.servers[number])
                     replica = clients[3 + number]
