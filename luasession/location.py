@@ -20,7 +20,7 @@ from redis.connection import Connection, SSLConnection, parse_url
 from .errors import ConfigurationError
 
 _FORM = re.compile(
-    r"(?P<scheme>rediss?)\+(?P<kind>cluster|sentinel)://(?:(?P<user>[^@]*)@)?(?P<hosts>[^/?#]*)"
+    r"(?P<scheme>rediss?)\+(?P<kind>cluster|sentinel)://(?:(?P<user>[^@/?#]*)@)?(?P<hosts>[^/?#]*)"
     r"(?P<path>/[^?#]*)?(?:\?(?P<query>[^#]*))?"
 )
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s@]+)(?::([0-9]+))?")
@@ -29,6 +29,7 @@ _EXPECTED = {
     "cluster": "redis+cluster://[user:password@]host:port,host:port",
     "sentinel": "redis+sentinel://[user:password@]host:port,host:port/service[/db]",
 }
+_ESCAPED = "(a / ? # or @ in a password is written %2F %3F %23 %40)"
 _FOR_SENTINELS = "sentinel_"
 
 
@@ -61,9 +62,7 @@ def read_location(url: str, key: str) -> Location:
     form = _FORM.fullmatch(url)
     kind = "sentinel" if "+sentinel" in url.partition("://")[0] else "cluster"
     if form is None:
-        raise _wrong(
-            key, kind, "it is not of that form (a / ? # or @ in a password is written %2F %3F %23 %40)"
-        )
+        raise _wrong(key, kind, f"it is not of that form {_ESCAPED}")
     addresses = tuple(_address(host, key, kind) for host in form["hosts"].split(","))
     service, db = _service(form["path"] or "", key) if kind == "sentinel" else (None, 0)
     if service is None and (form["path"] or "/").strip("/") not in {"", "0"}:
@@ -90,7 +89,7 @@ def _wrong(key: str, kind: str, why: str) -> ConfigurationError:
 def _address(text: str, key: str, kind: str) -> tuple[str, int]:
     found = _HOST.fullmatch(text)
     if found is None:
-        raise _wrong(key, kind, "each address must be host or host:port, with commas between them")
+        raise _wrong(key, kind, f"each address must be host or host:port, with commas between {_ESCAPED}")
     port = int(found[2] or _PORTS[kind])
     if not 0 < port < 1 << 16:
         raise _wrong(key, kind, f"{port} is no port")
