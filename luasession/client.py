@@ -4,7 +4,8 @@ redis-py (and valkey-py, its fork) send a command again on their own account
 after a broken connection. For a commit that is wrong, since the first sending
 may have been applied. So a call here takes a connection, sends once and reads
 once, and what is sent again says so, under one deadline for the whole request
-(:class:`Patience`).
+(:class:`Patience`). It is the same loop for a single server, for the primary
+that sentinels name and for a cluster's nodes (:mod:`luasession.servers`).
 """
 
 from __future__ import annotations
@@ -12,45 +13,29 @@ from __future__ import annotations
 import inspect
 import random
 import time
-import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
-from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import redis
+import redis.sentinel
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from . import embedded
 from .clock import now_ns
 from .config import Config
-from .errors import ConfigurationError, SessionUnavailable
+from .connections import ASKING, MAX_CONNECTIONS, Connections, Recipe
+from .errors import ConfigurationError
+from .failures import code_of, is_known, is_passing, unavailable
+from .location import Location, is_location, read_location
+from .servers import Address, Cluster, Sentinels, Servers
 
-# Connections of one process to one server. More requests than that wait for one, and do not fail.
-_MAX_CONNECTIONS = 64
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.25
-
-# Answers that pass by themselves: a server that starts, fails over or moves slots. 6.2 words a refused
-# write inside a script as a plain error, so the words are looked for and not only the leading code.
-_PASSING = (
-    "LOADING",
-    "BUSY ",
-    "TRYAGAIN",
-    "CLUSTERDOWN",
-    "MASTERDOWN",
-    "READONLY",
-    "read only replica",
-    "UNBLOCKED",
-)
-
-
-class Unproven(Exception):
-    """A reply that does not prove to be the answer to its call (G16)."""
+# Nodes that disagree about a slot may send a call to and fro; more often than this it pauses.
+_REDIRECTS = 5
 
 
 class Patience:
@@ -63,133 +48,33 @@ class Patience:
         self._left = seconds
         self._pause = _FIRST_PAUSE
 
-    def wait(self, error: Exception, failed_after: float) -> None:
+    def wait(self, error: Exception, failed_after: float, server: str = "") -> None:
         """Sleep before the next try, with jitter.
 
         :param error: what the last try ended in.
         :param failed_after: seconds that it took.
+        :param server: the name of the server, for the error.
         :raise SessionUnavailable: if the deadline has passed.
         """
         self._left -= failed_after
         pause = self._pause * random.uniform(0.5, 1.5)  # noqa: S311 - jitter, no secret
         if self._left < pause:
-            raise _unavailable(error) from error
+            raise unavailable(error, server) from error
         time.sleep(pause)
         self._left -= pause
         self._pause = min(self._pause * 2, _LONGEST_PAUSE)
 
 
-def _unavailable(error: Exception) -> SessionUnavailable:
-    """Return what a request is told of a failure: the kind and the server's words."""
-    return SessionUnavailable(f"{type(error).__name__}: {error}")
-
-
-def _is_a(error: Exception, name: str) -> bool:
-    # By name, since valkey-py's classes are the same ones under another root.
-    return any(kind.__name__ == name for kind in type(error).__mro__)
-
-
-def _is_no_script(error: Exception) -> bool:
-    """Whether the server does not know the script."""
-    return _is_a(error, "NoScriptError") or str(error).startswith("NOSCRIPT")
-
-
-def _is_passing(error: Exception) -> bool:
-    """Whether the same call may well succeed a little later."""
-    if _is_a(error, "AuthenticationError") or _is_a(error, "AuthorizationError"):
-        return False
-    if isinstance(error, (Unproven, OSError)):
-        return True
-    if _is_a(error, "ConnectionError") or _is_a(error, "TimeoutError"):
-        return True
-    return any(words in str(error) for words in _PASSING)
-
-
-def _is_known(error: Exception) -> bool:
-    """Whether an exception comes from the client library or the system below it."""
-    return isinstance(error, (Unproven, OSError)) or _is_a(error, "RedisError") or _is_a(error, "ValkeyError")
-
-
-class _Connections:
-    """Connections of luasession's own, the last used first.
-
-    They are made as the client's pool would make them, save that connecting is
-    not retried: how long a request waits is its deadline's business. The pools
-    also look at the socket before each use, to see whether a connection was
-    closed or has lost step. Here each reply proves itself, and what was sent into
-    a closed connection is sent again, so that look is spared.
-
-    :param pool: the client's pool, of which they keep settings and bound.
-    :param seconds: how long to wait for a free one.
-    """
-
-    def __init__(self, pool: Any, seconds: float) -> None:
-        # Not by the pool itself, which counts what it has ever made, and at a hundred makes no more.
-        self._make = partial(pool.connection_class, **_without_retries(pool.connection_kwargs))
-        self._seconds = seconds
-        self._idle: deque[Any] = deque()
-        # Freed with its app it closes what it holds: sockets left to the garbage collector warn.
-        weakref.finalize(self, _disconnect, self._idle)
-        # A queue and no semaphore: a greenlet that is killed inside of release() would keep its slot.
-        self._slots: SimpleQueue[None] = SimpleQueue()
-        for _ in range(min(_MAX_CONNECTIONS, pool.max_connections)):
-            self._slots.put(None)
-
-    def take(self) -> Any:
-        """Return one that is connected."""
-        try:
-            self._slots.get(timeout=self._seconds)
-        except Empty:
-            raise redis.ConnectionError(f"no connection became free within {self._seconds} s") from None
-        try:
-            return self._idle.pop()
-        except IndexError:
-            pass
-        try:
-            connection = self._make()
-            connection.connect()
-        except BaseException:
-            self._slots.put(None)
-            raise
-        return connection
-
-    def give(self, connection: Any) -> None:
-        self._idle.append(connection)
-        self._slots.put(None)
-
-    def lose(self, connection: Any) -> None:
-        try:
-            connection.disconnect()
-            # Its neighbours were connected to the same server, so they go as well; each is taken out
-            # first, or another thread might be using it by then.
-            with suppress(IndexError):
-                while True:
-                    self._idle.pop().disconnect()
-        finally:
-            self._slots.put(None)
-
-
-def _without_retries(settings: dict[str, Any]) -> dict[str, Any]:
-    retry = settings.get("retry")
-    if retry is not None:
-        retry = type(retry)(NoBackoff(), 0)
-    off: dict[str, Any] = {"retry": retry, "retry_on_timeout": False, "retry_on_error": []}
-    return {**settings, **{name: off[name] for name in off.keys() & settings.keys()}}
-
-
-def _disconnect(connections: deque[Any]) -> None:
-    while connections:
-        connections.pop().disconnect()
-
-
 class Client:
-    """A server, by way of a client library's connections.
+    """One or more servers, by way of a client library's connections.
 
-    :param connections: where they are taken from and given back to.
+    :param connections: tell where a key lives, and have connections to there.
+    :param greet: what is done first with a server that was not used before. It may fail.
     """
 
-    def __init__(self, connections: _Connections) -> None:
+    def __init__(self, connections: Servers, greet: Callable[[Connections], None] | None = None) -> None:
         self._connections = connections
+        self._greet = greet
 
     def call(
         self,
@@ -197,8 +82,9 @@ class Client:
         accept: Callable[[Any], bool],
         patience: Patience,
         wait: tuple[int, int] | None = None,
-    ) -> tuple[int, Any]:
-        """Send one command until it is answered, and return when that was sent, and the reply, undecoded.
+        key: bytes = b"",
+    ) -> tuple[int, Any, Connections]:
+        """Send one command until it is answered.
 
         :param words: makes the command when a connection is there for it, since the age of a request
             counts up to the sending. It gets the monotonic nanosecond of this sending and of the first
@@ -206,114 +92,181 @@ class Client:
         :param accept: tells whether a reply is the answer to this call. If it is not, the connection
             has lost step, and with it goes the reply.
         :param wait: so many replicas have to acknowledge within so many milliseconds.
+        :param key: the key that the command is about.
+        :return: when it was sent, the reply, undecoded, and the server that gave it.
         :raise SessionUnavailable: if there is no answer within the deadline, or one that does not pass
             by itself, or too few replicas acknowledged.
         """
         first = 0
         known = True
+        redirects = 0
+        detour: Connections | None = None
+        asking = b""
         while True:
             begun = now_ns()
+            server: Connections | None = None
             try:
-                connection = self._connections.take()
-                try:
-                    sent = now_ns()
-                    first = first or sent
-                    reply = self._exchange(connection, words(sent, first, known), wait)
-                    if not accept(reply):
-                        raise Unproven("the reply answers another call")
-                except BaseException as error:
-                    if isinstance(error, Exception) and _is_a(error, "ResponseError"):
-                        self._connections.give(connection)
-                    else:
-                        # Whatever breaks off between sending and reading, a killed greenlet too, leaves a
-                        # reply behind that the connection's next user would take for its own (G16).
-                        self._connections.lose(connection)
-                    raise
-                self._connections.give(connection)
+                server = detour or self._connections.of(key)
+                if not server.greeted:
+                    self._meet(server)
+                connection = server.take()
+                sent = now_ns()
+                first = first or sent
+                reply = server.exchange(connection, lambda: words(sent, first, known), accept, wait, asking)  # noqa: B023
             except Exception as error:
-                if not _is_known(error):
+                if not is_known(error):
                     raise
-                if known and _is_no_script(error):
+                code = code_of(error)
+                if known and code == "NOSCRIPT":
+                    # On the same server: the target of an ASK wants to be asked again.
                     known = False
                     continue
-                if not _is_passing(error):
-                    raise _unavailable(error) from error
-                patience.wait(error, max(now_ns() - begun, 0) / 1e9)
+                detour = server and self._connections.heard(error, server, key)
+                asking = ASKING if code == "ASK" else b""
+                if detour is not None and redirects < _REDIRECTS:
+                    redirects += 1
+                    continue
+                detour, asking = None, b""
+                name = "" if server is None else str(server)
+                if not is_passing(error):
+                    raise unavailable(error, name) from error
+                patience.wait(error, max(now_ns() - begun, 0) / 1e9, name)
             else:
-                return sent, reply
+                return sent, reply, server
 
-    @staticmethod
-    def _exchange(connection: Any, words: Sequence[bytes], wait: tuple[int, int] | None) -> Any:
-        if wait is None:
-            connection.send_packed_command([_packed(words)])
-            return connection.read_response(disable_decoding=True)
-        # WAIT speaks of the writes of its own connection, so it shares the write's.
-        connection.send_packed_command(
-            [_packed(words) + _packed((b"WAIT", b"%d" % wait[0], b"%d" % wait[1]))]
-        )
-        failed: Exception | None = None
-        reply = None
+    def known(self, key: bytes) -> Connections | None:
+        """Return the server that a key lives on, if that needs no asking."""
+        return self._connections.known(key)
+
+    def _meet(self, server: Connections) -> None:
+        # Whoever comes meanwhile goes on without; and whatever goes wrong, the call itself will say so.
+        server.greeted = True
         try:
-            reply = connection.read_response(disable_decoding=True)
+            if self._greet is not None:
+                self._greet(server)
         except Exception as error:
-            if not _is_a(error, "ResponseError"):
+            if not is_known(error):
                 raise
-            failed = error
-        acknowledged = connection.read_response(disable_decoding=True)
-        if failed is not None:
-            raise failed
-        if not isinstance(acknowledged, int):
-            raise Unproven("the reply answers another call than WAIT")
-        if acknowledged < wait[0]:
-            raise SessionUnavailable(f"{acknowledged} of {wait[0]} replicas acknowledged within {wait[1]} ms")
-        return reply
 
 
-def _packed(words: Sequence[bytes]) -> bytes:
-    # A RESP array of bulk strings. The libraries' packers convert each word first, which costs more.
-    parts: list[int | bytes] = [len(words)]
-    for word in words:
-        parts.append(len(word))
-        parts.append(word)
-    return (b"*%d\r\n" + b"$%d\r\n%b\r\n" * len(words)) % tuple(parts)
-
-
-def connect(config: Config, name: str) -> Client:
+def connect(config: Config, name: str, greet: Callable[[Connections], None] | None = None) -> Client:
     """Build the client of this process; no connection is opened yet.
 
     :param name: names the app, for its embedded server.
+    :param greet: as for :class:`Client`.
     :raise ConfigurationError: if the kind of client or URL is not one that works here.
     """
-    if config.redis is None:
-        return Client(_Connections(_pool_of(config, name), config.redis_timeout))
-    if not hasattr(config.redis, "connection_pool"):
-        raise ConfigurationError(
-            f"SESSION_REDIS is a {type(config.redis).__name__}; expected a redis-py Redis,"
-            " a Sentinel's master_for(), or a valkey-py Valkey"
+    seconds = config.redis_timeout
+    ready = config.redis
+    if ready is None and is_location(config.redis_url):
+        where = read_location(config.redis_url, "SESSION_REDIS_URL")
+        settings = {**_settings(config), **where.options}
+        if where.service is None:
+            return Client(_cluster_at(where, settings, seconds), greet)
+        theirs = {**_settings(config), "ssl": where.tls, **where.sentinel_options}
+        sentinels: Any = redis.sentinel.Sentinel
+        ready = sentinels(where.addresses, sentinel_kwargs=theirs, ssl=where.tls, **settings).master_for(
+            where.service
         )
-    return Client(_Connections(config.redis.connection_pool, config.redis_timeout))
+    if ready is None:
+        return Client(Connections(Recipe.of(_pool_of(config, name)), seconds), greet)
+    if hasattr(ready, "nodes_manager"):
+        return Client(_cluster_of(ready, seconds), greet)
+    pool = getattr(ready, "connection_pool", None)
+    if pool is None:
+        raise ConfigurationError(
+            f"SESSION_REDIS is a {type(ready).__name__}; expected a redis-py Redis or RedisCluster,"
+            " a Sentinel's master_for(), or valkey-py's like"
+        )
+    if hasattr(pool, "sentinel_manager"):
+        return Client(_sentinels_of(pool, seconds), greet)
+    return Client(Connections(Recipe.of(pool), seconds), greet)
+
+
+class _Fixed(NamedTuple):
+    """What a Sentinel's connection asks for the address, in the place of its pool."""
+
+    service_name: str
+    address: Address
+    is_master: bool = True
+    check_connection: bool = False
+
+    def get_master_address(self) -> Address:
+        return self.address
+
+
+def _sentinels_of(pool: Any, seconds: float) -> Sentinels:
+    if not pool.is_master:
+        raise ConfigurationError("SESSION_REDIS is a Sentinel's slave_for(); expected its master_for()")
+    recipe, manager = Recipe.of(pool), pool.sentinel_manager
+
+    def primary(host: str, port: int) -> Connections:
+        host = getattr(manager, "_force_master_ip", None) or host
+        fixed = _Fixed(pool.service_name, (host, port))
+        at = recipe.at(host, port)
+        return Connections(at._replace(settings={**at.settings, "connection_pool": fixed}), seconds)
+
+    sentinels = [Connections(Recipe.of(each.connection_pool), seconds) for each in manager.sentinels]
+    return Sentinels(sentinels, pool.service_name, primary, manager.min_other_sentinels, seconds)
+
+
+def _cluster_at(where: Location, settings: dict[str, Any], seconds: float) -> Cluster:
+    bound = settings.pop("max_connections", MAX_CONNECTIONS)
+    kind = redis.connection.SSLConnection if where.tls else redis.connection.Connection
+    recipe = Recipe(kind, settings, bound)
+    return Cluster(
+        where.addresses,
+        lambda host, port: Connections(recipe.at(host, port), seconds),
+        lambda host, port: (host, port),
+        seconds,
+    )
+
+
+def _cluster_of(client: Any, seconds: float) -> Cluster:
+    manager = client.nodes_manager
+    nodes = [*manager.nodes_cache.values(), *manager.startup_nodes.values()]
+    make = getattr(manager, "create_redis_node", None) or manager.create_valkey_node
+    with make(nodes[0].host, nodes[0].port, **manager.connection_kwargs) as one:
+        # Its hook makes a connection read from replicas, which would answer what is old. What the app
+        # itself hooked in stays.
+        names = ("redis_connect_func", "valkey_connect_func")
+        recipe = Recipe.of(one.connection_pool)
+        hook = next(name for name in names if name in recipe.settings)
+        recipe = recipe.without(*names, "oss_cluster_maint_notifications_handler")
+    if client.user_on_connect_func is not None:
+        recipe = recipe._replace(settings={**recipe.settings, hook: partial(_prepare, client)})
+    return Cluster(
+        [(node.host, int(node.port)) for node in nodes],
+        lambda host, port: Connections(recipe.at(host, port), seconds),
+        manager.remap_host_port,
+        seconds,
+    )
+
+
+def _prepare(client: Any, connection: Any) -> None:
+    connection.on_connect()
+    client.user_on_connect_func(connection)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Return what connections that luasession makes for a URL are made with."""
+    options: dict[str, Any] = {
+        "protocol": 2,
+        "socket_timeout": config.redis_timeout,
+        "socket_connect_timeout": config.redis_timeout,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    if "driver_info" in inspect.signature(redis.connection.AbstractConnection).parameters:
+        # Two round trips less for each new connection: the library's name is not announced.
+        options["driver_info"] = None
+    return options
 
 
 def _pool_of(config: Config, name: str) -> redis.ConnectionPool:
     url = config.redis_url
     scheme, _, rest = url.partition("://")
-    if "+" in scheme:
-        raise ConfigurationError(
-            f"SESSION_REDIS_URL: {scheme}:// is not supported yet; expected redis://, rediss://,"
-            " unix:// or embedded://"
-        )
     if scheme == "embedded":
         url = "unix://" + quote(embedded.start(embedded.directory_from(rest), name=name))
     elif scheme in {"valkey", "valkeys"}:
         url = ("rediss://" if scheme == "valkeys" else "redis://") + rest
-    options: dict[str, Any] = {"protocol": 2}
-    if "driver_info" in inspect.signature(redis.connection.AbstractConnection).parameters:
-        # Two round trips less for each new connection: the library's name is not announced.
-        options["driver_info"] = None
-    return redis.ConnectionPool.from_url(
-        url,
-        socket_timeout=config.redis_timeout,
-        socket_connect_timeout=config.redis_timeout,
-        retry=Retry(NoBackoff(), 0),
-        **options,
-    )
+    return redis.ConnectionPool.from_url(url, **_settings(config))

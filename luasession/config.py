@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 from flask import Flask
 
 from .errors import ConfigurationError
+from .location import is_location, read_location
 
 #: What to do about a conflict: a word, or a function ``(base, theirs, ours) -> value``.
 Policy: TypeAlias = str | Callable[[Any, Any, Any], Any]
@@ -274,6 +275,8 @@ def _redis_url(value: object, key: str) -> str:
     # Of a wrong one the scheme is shown and nothing else, since the rest may hold a password.
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", value) if isinstance(value, str) else None
     if isinstance(value, str) and scheme and scheme[1] in _SCHEMES:
+        if is_location(value):
+            read_location(value, key)
         return value
     found = repr(scheme[1]) if scheme else "none"
     raise ConfigurationError(

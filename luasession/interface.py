@@ -98,12 +98,11 @@ class LuaSessionInterface(SessionInterface):
 
     def get_expiration_time(self, app: Flask, session: SessionMixin) -> datetime | None:
         """Return when the browser may forget the cookie: never before the server does."""
-        seen = session.visit.seen if isinstance(session, LuaSession) else None
-        if seen is None:
+        if not isinstance(session, LuaSession) or (seen := session.visit.seen) is None:
             return super().get_expiration_time(app, session)
         if not seen.permanent:
             return None
-        return datetime.now(UTC) + timedelta(milliseconds=seen.ends_ms - self._store.now_ms())
+        return datetime.now(UTC) + timedelta(milliseconds=seen.ends_ms - session.visit.now_ms)
 
     def notify(self, signal: NamedSignal, **about: Any) -> None:
         """Send a signal, with the app as its sender."""

@@ -22,6 +22,7 @@ from .cache import SnapshotCache
 from .client import Client, Patience, connect
 from .clock import now_ns
 from .config import Config
+from .connections import Connections
 from .delta import Change, Delta
 from .errors import CorruptSession, SessionTooLarge, SessionUnavailable
 from .ids import SessionId, new_write_id, same_digest
@@ -69,8 +70,6 @@ class _Process:
         self.client: Client | None = None
         self.cache = SnapshotCache(config.cache_bytes)
         self.stats = Stats()
-        #: Microseconds of the server's clock less those of the monotonic clock here.
-        self.clock_offset: int | None = None
 
 
 class Store:
@@ -112,7 +111,7 @@ class Store:
         if (
             entry.snapshot.version < hint
             or not 0 <= now_ns() - entry.sent < window * 1e9
-            or entry.snapshot.ends_ms <= self.now_ms()
+            or entry.snapshot.ends_ms <= self.now_ms(session_id.handle)
         ):
             return None
         here.stats.add("cache_hits")
@@ -151,8 +150,9 @@ class Store:
     def _read_whole(self, session_id: SessionId, caller: Caller) -> Snapshot | None:
         # A plain HGETALL: Lua builds the same reply at several times the server's CPU. It proves itself
         # by the digest in it; without that it proves nothing, and load.lua is asked (G16).
-        words = (b"HGETALL", self._key(session_id.handle))
-        sent, reply = self._client.call(lambda *_: words, _is_hash, caller.patience)
+        key = self._key(session_id.handle)
+        words = (b"HGETALL", key)
+        sent, reply, _server = self._client.call(lambda *_: words, _is_hash, caller.patience, None, key)
         if not isinstance(reply, dict):
             reply = _paired(reply)
         identity = reply.get(b"@i")
@@ -452,12 +452,13 @@ class Store:
 
     # -- the process --------------------------------------------------------
 
-    def now_ms(self) -> int:
-        """Return the server's clock in milliseconds, as last seen and counted on."""
-        offset = self._here.clock_offset
-        if offset is None:
+    def now_ms(self, handle: str) -> int:
+        """Return the clock of a session's server in milliseconds, as last seen and counted on."""
+        client = self._here.client
+        server = None if client is None else client.known(self._key(handle))
+        if server is None or server.clock_offset is None:
             return time.time_ns() // 1_000_000
-        return (now_ns() // 1000 + offset) // 1000
+        return (now_ns() // 1000 + server.clock_offset) // 1000
 
     @property
     def stats(self) -> Stats:
@@ -476,24 +477,19 @@ class Store:
     def _client(self) -> Client:
         here = self._here
         if here.client is None:
-            client = connect(self._config, self._name)
+            client = connect(self._config, self._name, self._warm_up)
             with here.lock:
-                first = here.client is None
-                if first:
+                if here.client is None:
                     here.client = client
-            if first:
-                self._warm_up(client)
-        return here.client  # type: ignore[return-value]
+        return here.client
 
-    def _warm_up(self, client: Client) -> None:
+    def _warm_up(self, server: Connections) -> None:
         # Best effort: without it the first calls cost an EVAL each, and the clock comes with their reply.
-        once = Patience(0)
-        with suppress(SessionUnavailable):
-            for name in ("load", "commit", "destroy", "index"):
-                words = (b"SCRIPT", b"LOAD", script(name).text)
-                client.call(lambda *_, words=words: words, _is_sha, once)
-            sent, (seconds, microseconds) = client.call(lambda *_: (b"TIME",), _is_time, once)
-            self._set_clock(int(seconds) * 1_000_000 + int(microseconds), sent)
+        # Each server when it is first used, so that none that is down delays those that are not.
+        for name in ("load", "commit", "destroy", "index"):
+            server.ask((b"SCRIPT", b"LOAD", script(name).text), _is_sha)
+        sent, (seconds, microseconds) = server.ask((b"TIME",), _is_time)
+        _set_clock(server, int(seconds) * 1_000_000 + int(microseconds), sent)
 
     def _key(self, handle: str) -> bytes:
         return (self._config.key_prefix + handle).encode()
@@ -501,13 +497,6 @@ class Store:
     def _remember(self, handle: str, snapshot: Snapshot, sent: int) -> None:
         if self._config.cache_ttl is not None:
             self._here.cache.put(handle, snapshot, sent)
-
-    def _set_clock(self, server_us: int, sent: int) -> None:
-        # From the sending, so the clock is early by a transit at most: nothing outlives its end. A slow
-        # reply tells little, so only the first one counts whatever it took.
-        here = self._here
-        if here.clock_offset is None or now_ns() - sent < 20_000_000:
-            here.clock_offset = server_us - sent // 1000
 
     def _run(
         self,
@@ -539,9 +528,16 @@ class Store:
         def accept(reply: Any) -> bool:
             return isinstance(reply, list) and len(reply) >= 3 and bool(reply[1] == call_id)
 
-        sent, reply = self._client.call(words, accept, caller.patience, wait)
-        self._set_clock(int.from_bytes(reply[2]), sent)
+        sent, reply, server = self._client.call(words, accept, caller.patience, wait, key)
+        _set_clock(server, int.from_bytes(reply[2]), sent)
         return sent, reply
+
+
+def _set_clock(server: Connections, server_us: int, sent: int) -> None:
+    # From the sending, so the clock is early by a transit at most: nothing outlives its end. A slow
+    # reply tells little, so only the first one counts whatever it took.
+    if server.clock_offset is None or now_ns() - sent < 20_000_000:
+        server.clock_offset = server_us - sent // 1000
 
 
 def _starter_afresh(reference: weakref.ref[Store]) -> Callable[[], None]:

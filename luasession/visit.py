@@ -126,7 +126,7 @@ class Visit:
     @property
     def now_ms(self) -> int:
         """The server's clock in milliseconds."""
-        return self._store.now_ms()
+        return self._store.now_ms(self._id.handle if self._id else "")
 
     def open(self, name: bytes, stored: bytes) -> bytes:
         """Return the bytes of a stored value as the serializer made them.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from typing import Any
 from uuid import uuid4
 
@@ -15,7 +17,7 @@ from werkzeug.test import TestResponse
 
 from luasession import Session
 
-from .servers import Server, missing, standalone
+from .servers import ClusterTopology, SentinelTopology, Server, cluster, missing, sentinel, standalone
 
 # In CI the same examples each time; elsewhere new ones, so that somebody finds what CI does not.
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -60,6 +62,20 @@ def valkey() -> Iterator[Server]:
     """The embedded default alone, for tests in which the kind of server plays no part."""
     with standalone("valkey-9.1") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def clusters() -> Iterator[Callable[[str], ClusterTopology]]:
+    """Give the cluster of a kind, started when it is first wanted; whoever breaks it mends it."""
+    with ExitStack() as stack:
+        yield cache(lambda kind: (require(kind), stack.enter_context(cluster(kind)))[1])
+
+
+@pytest.fixture(scope="session")
+def sentinels() -> Iterator[Callable[[str], SentinelTopology]]:
+    """Give the sentinels of a kind, and what they watch, started when they are first wanted."""
+    with ExitStack() as stack:
+        yield cache(lambda kind: (require(kind), stack.enter_context(sentinel(kind)))[1])
 
 
 class Browser:
@@ -116,8 +132,10 @@ class TestApp:
 
     __test__ = False
 
-    def __init__(self, server: Server | None, config: dict[str, Any]) -> None:
-        self.server = server
+    def __init__(
+        self, server: Server | ClusterTopology | SentinelTopology | None, config: dict[str, Any]
+    ) -> None:
+        self.server: Any = server
         self.views: dict[str, Callable[[], Any]] = {}
         self.results: dict[str, Any] = {}
         self.flask = Flask("testapp")
@@ -160,7 +178,8 @@ class TestApp:
         """Return all keys of this app."""
         assert self.server is not None
         with self.server.client() as client:
-            return sorted(client.keys(self.prefix + "*"))
+            # SCAN, which a cluster's client asks of all primaries.
+            return sorted(set(client.scan_iter(self.prefix + "*", count=10_000)))
 
     def stats(self) -> dict[str, int]:
         """Return the counters of this app's process."""

@@ -389,7 +389,7 @@ class _Persistent(Patience):
         super().__init__(0)
         self._patient = patient
 
-    def wait(self, error: Exception, failed_after: float) -> None:
+    def wait(self, error: Exception, failed_after: float, server: str = "") -> None:
         if not self._patient:
             raise SessionUnavailable(str(error)) from error
 
@@ -529,7 +529,7 @@ class Run:
 
     def exchange(self, request: Request, original: Callable[..., Any], *about: Any) -> Any:
         """One step: one command that Redis executes."""
-        _, arguments, _ = about
+        _, arguments, *_ = about
         sent_us = time.monotonic_ns() // 1000
         reply = original(*about)
         name = "HGETALL" if arguments[0] == b"HGETALL" else _name_of(arguments[1])
@@ -745,7 +745,7 @@ class _Harness:
         client = store._client
         for owner, name in [
             (client._connections, "take"),
-            (client, "_exchange"),
+            (client._connections, "_exchange"),
             (client, "call"),
             (store, "caller"),
             (store, "trusted"),

@@ -3,7 +3,7 @@
 :data:`KINDS` is the one table of server kinds: fixtures take their parameters
 from it, and :func:`missing` says why a kind cannot run here. A topology is a
 context manager that gives its servers ready to use and leaves nothing behind:
-:func:`standalone` here, Sentinel and cluster at the end of this file.
+:func:`standalone`, :func:`sentinel` and :func:`cluster`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import redis
+from redis.crc import key_slot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -128,6 +129,16 @@ def free_port() -> int:
         return port
 
 
+def is_free(port: int) -> bool:
+    """Whether nobody listens on a TCP port of the loopback interface."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
 def eventually(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     """Ask again and again until the answer is true; return it, or the last one at the deadline."""
     deadline = time.monotonic() + seconds
@@ -218,6 +229,8 @@ class Server:
     directory: Path
     #: Options as on the command line, without the dashes.
     options: dict[str, str]
+    #: What it watches, if it is a sentinel: ``name host port quorum``.
+    sentinel: str = ""
     #: The TCP port on 127.0.0.1.
     port: int = field(init=False)
     process: LeashedProcess = field(init=False)
@@ -226,6 +239,10 @@ class Server:
         # Somebody else may take the port between the look and the start.
         for _ in range(5):
             self.port = free_port()
+            if "cluster-enabled" in self.options:
+                # 6.2 has no option for the port of the bus: it is this much above the other.
+                while self.port > 55535 or not is_free(self.port + 10000):
+                    self.port = free_port()
             if self._start():
                 return
         raise RuntimeError(f"{self.kind} does not start:\n{self.log()}")
@@ -331,14 +348,29 @@ class Server:
             *("--save", ""),
             *("--hz", "100"),  # it looks for a request to end that often, and not every 100 ms
         ]
-        for option, value in self.options.items():
-            command += [f"--{option}", *value.split()]
+        if self.sentinel:
+            # It writes its state into its configuration, and knows few options.
+            configuration = self.directory / "sentinel.conf"
+            if not configuration.exists():
+                configuration.write_text("".join(f"{line}\n" for line in self._sentinel_lines()))
+            command = [binary_of(self.kind), str(configuration), "--sentinel"]
+        else:
+            for option, value in self.options.items():
+                command += [f"--{option}", *value.split()]
         self.process = LeashedProcess(command, self.directory / "log")
         eventually(lambda: self.process.poll() is not None or self._answers())
         if self.process.poll() is None and self._answers():
             return True
         self.kill()
         return False
+
+    def _sentinel_lines(self) -> list[str]:
+        name = self.sentinel.split()[0]
+        return [
+            *("bind 127.0.0.1", f"port {self.port}", f"unixsocket {self.socket_path}"),
+            *(f"dir {self.directory}", f"sentinel monitor {self.sentinel}"),
+            *(f"sentinel down-after-milliseconds {name} 500", f"sentinel failover-timeout {name} 1000"),
+        ]
 
     def _answers(self) -> bool:
         try:
@@ -392,5 +424,248 @@ def standalone(kind: str, **options: str) -> Iterator[Server]:
             server.stop()
 
 
-# Sentinel and cluster belong here: context managers like standalone(), made of Server with
-# options (replicaof, cluster_enabled) and, for the sentinels, of LeashedProcess.
+def _servers(kind: str, directory: str, count: int, prefix: str, **options: str) -> list[Server]:
+    made = []
+    for number in range(count):
+        home = Path(directory) / f"{prefix}{number}"
+        home.mkdir()
+        made.append(Server(kind, home, {o.replace("_", "-"): v for o, v in options.items()}))
+    return made
+
+
+def _is_linked(server: Server) -> bool:
+    with server.client() as client:
+        return bool(client.info("replication").get("master_link_status") == "up")
+
+
+@dataclass
+class SentinelTopology:
+    """A primary, two replicas and three sentinels of the service ``main``."""
+
+    kind: str
+    servers: list[Server]
+    sentinels: list[Server]
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Where the sentinels are."""
+        return [("127.0.0.1", each.port) for each in self.sentinels]
+
+    @property
+    def url(self) -> str:
+        """The URL for luasession."""
+        return f"redis+sentinel://{','.join(f'{h}:{p}' for h, p in self.addresses)}/main/0"
+
+    @property
+    def primary(self) -> Server:
+        """The server that the sentinels name."""
+        for each in self.sentinels:
+            with each.client() as client, suppress(redis.RedisError):
+                _, port = client.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main")
+                return next(server for server in self.servers if server.port == int(port))
+        raise RuntimeError("no sentinel answers")
+
+    def client(self, **options: Any) -> redis.Redis:
+        """Return a new client of the primary."""
+        return self.primary.client(**options)
+
+    def settle(self) -> None:
+        """Wait until all servers run, replicate, and are known to all sentinels: only so one is promoted."""
+
+        def settled() -> bool:
+            for each in self.sentinels:
+                with each.client() as client:
+                    raw = client.execute_command("SENTINEL", "MASTER", "main")
+                state = raw if isinstance(raw, dict) else dict(zip(raw[::2], raw[1::2], strict=True))
+                state = {_text(name): _text(value) for name, value in state.items()}
+                if "down" in state["flags"] or (state["num-slaves"], state["num-other-sentinels"]) != (
+                    "2",
+                    "2",
+                ):
+                    return False
+            return all(_is_linked(server) for server in self.servers if server is not self.primary)
+
+        if not eventually(settled, 30):
+            raise RuntimeError(f"the sentinels do not settle:\n{self.sentinels[0].log()}")
+
+    def fail_over(self) -> None:
+        """Kill the primary, wait until another one is named, and start the old one as a replica."""
+        old = self.primary
+        old.kill()
+        eventually(lambda: self.primary is not old, 30)
+        self.bring_back(old)
+
+    def bring_back(self, old: Server) -> None:
+        """Start a server that was the primary as a replica, and wait until all is well."""
+        old.restart()
+        # The sentinels would see to it as well, some ten seconds later.
+        with old.client() as client:
+            client.execute_command("REPLICAOF", "127.0.0.1", self.primary.port)
+        self.settle()
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+@contextmanager
+def sentinel(kind: str) -> Iterator[SentinelTopology]:
+    """Run a primary with two replicas and three sentinels for the block, ready to fail over."""
+    with tempfile.TemporaryDirectory(prefix="luasession-") as name:
+        topology = SentinelTopology(kind, [], [])
+        try:
+            topology.servers += _servers(kind, name, 3, "server", repl_diskless_sync_delay="0")
+            primary, *replicas = topology.servers
+            for each in replicas:
+                with each.client() as client:
+                    client.execute_command("REPLICAOF", "127.0.0.1", primary.port)
+            for number in range(3):
+                home = Path(name) / f"sentinel{number}"
+                home.mkdir()
+                watched = f"main 127.0.0.1 {primary.port} 2"
+                topology.sentinels.append(Server(kind, home, {}, watched))
+            topology.settle()
+            yield topology
+        finally:
+            for each in (*topology.sentinels, *topology.servers):
+                each.kill()
+
+
+@dataclass
+class ClusterTopology:
+    """Three primaries with a replica each, and a primary without slots."""
+
+    kind: str
+    servers: list[Server]
+
+    @property
+    def url(self) -> str:
+        """The URL for luasession: some of the nodes."""
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{each.port}" for each in self.servers[:3])
+
+    @property
+    def spare(self) -> Server:
+        """The primary that has no slots, for slots to move to."""
+        return self.servers[6]
+
+    def client(self) -> redis.RedisCluster:
+        """Return a new client of the cluster."""
+        return redis.RedisCluster("127.0.0.1", self.alive()[0].port)
+
+    def alive(self) -> list[Server]:
+        """Return the nodes that run."""
+        return [each for each in self.servers if each.process.poll() is None]
+
+    def node_id(self, server: Server) -> str:
+        """Return what the cluster calls a node."""
+        with server.client() as client:
+            return _text(client.execute_command("CLUSTER", "MYID"))
+
+    def owner(self, key: str | bytes) -> Server:
+        """Return the primary of a key's slot, as a node that runs sees it."""
+        return self.owner_of_slot(key_slot(key.encode() if isinstance(key, str) else key))
+
+    def owner_of_slot(self, slot: int) -> Server:
+        """Return the primary of a slot, as a node that runs sees it."""
+        with self.alive()[0].client() as client:
+            # Whatever the library makes of CLUSTER SLOTS, this is what the server says.
+            client.response_callbacks.clear()
+            for first, last, primary, *_ in client.execute_command("CLUSTER SLOTS"):
+                if first <= slot <= last:
+                    return next(each for each in self.servers if each.port == primary[1])
+        raise RuntimeError(f"nobody has slot {slot}")
+
+    def settle(self) -> None:
+        """Wait until all nodes agree that all is well, and all replicas replicate."""
+
+        def settled() -> bool:
+            views = set()
+            for each in self.servers:
+                with each.client() as client:
+                    client.response_callbacks.clear()
+                    if b"cluster_state:ok" not in client.execute_command("CLUSTER INFO"):
+                        return False
+                    lines = client.execute_command("CLUSTER NODES").decode().splitlines()
+                    if "fail" in " ".join(line.split()[2] for line in lines) or len(lines) != len(
+                        self.servers
+                    ):
+                        return False
+                    views.add(
+                        tuple(
+                            sorted((f[0], f[2].removeprefix("myself,"), f[3]) for f in map(str.split, lines))
+                        )
+                    )
+                    if b"role:slave" in (info := client.execute_command("INFO replication")) and (
+                        b"master_link_status:up" not in info
+                    ):
+                        return False
+            return len(views) == 1
+
+        if not eventually(settled, 30):
+            raise RuntimeError(f"the cluster does not settle:\n{self.servers[0].log()}")
+
+    def move(self, slot: int, target: Server, *, keys: bool = True) -> Iterator[str]:
+        """Move a slot step by step; yield before each step what it is."""
+        source = self.owner_of_slot(slot)
+        source_id, target_id = self.node_id(source), self.node_id(target)
+        with source.client() as here, target.client() as there:
+            yield "importing"
+            there.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)
+            yield "migrating"
+            here.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", target_id)
+            yield "migrate"
+            while found := here.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
+                here.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *found)
+            yield "node"
+            for client in (there, here):
+                client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", target_id)
+            yield "done"
+
+
+@contextmanager
+def cluster(kind: str) -> Iterator[ClusterTopology]:
+    """Run a cluster for the block: three primaries, three replicas, and one more primary."""
+    with tempfile.TemporaryDirectory(prefix="luasession-") as name:
+        topology = ClusterTopology(kind, [])
+        try:
+            topology.servers += _servers(
+                kind,
+                name,
+                7,
+                "node",
+                cluster_enabled="yes",
+                cluster_node_timeout="1000",
+                cluster_require_full_coverage="no",
+                cluster_migration_barrier="10",  # no replica leaves for the primary that has none
+                repl_diskless_sync_delay="0",
+            )
+            with ExitStack() as stack:
+                clients = [stack.enter_context(each.client()) for each in topology.servers]
+                bounds = (0, 5461, 10923, 16384)
+                for number, client in enumerate(clients):
+                    client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+                    if number < 3:
+                        # 6.2 has no ADDSLOTSRANGE.
+                        client.execute_command(
+                            "CLUSTER", "ADDSLOTS", *range(bounds[number], bounds[number + 1])
+                        )
+                # Only when all have an epoch: a node that has met another takes none.
+                for client in clients[1:]:
+                    client.execute_command("CLUSTER", "MEET", "127.0.0.1", topology.servers[0].port)
+                for number in range(3):
+                    primary = topology.node_id(topology.servers[number])
+                    replica = clients[3 + number]
+
+                    def replicates(replica: redis.Redis = replica, primary: str = primary) -> bool:
+                        try:
+                            # Until it has met its primary it refuses.
+                            return bool(replica.execute_command("CLUSTER", "REPLICATE", primary))
+                        except redis.ResponseError:
+                            return False
+
+                    eventually(replicates)
+            topology.settle()
+            yield topology
+        finally:
+            for each in topology.servers:
+                each.kill()

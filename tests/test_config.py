@@ -672,9 +672,10 @@ def test_the_settings_are_not_touched() -> None:
 
 
 def test_nothing_else_of_luasession_is_needed() -> None:
-    """The module is a leaf: of luasession it imports the errors alone."""
+    """Of luasession the module imports leaves alone: the errors, and what reads a URL."""
     module = importlib.import_module("luasession.config")
     source = inspect.getsource(module)
     assert [line for line in source.splitlines() if line.startswith(("from .", "from luasession"))] == [
-        "from .errors import ConfigurationError"
+        "from .errors import ConfigurationError",
+        "from .location import is_location, read_location",
     ]

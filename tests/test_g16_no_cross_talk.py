@@ -14,8 +14,9 @@ import redis
 import valkey as valkey_py
 from flask import session
 
-from luasession.client import Client, Patience, _Connections, connect
+from luasession.client import Client, Patience, connect
 from luasession.config import Config
+from luasession.connections import Connections
 from luasession.errors import SessionUnavailable
 from luasession.scripts import script
 
@@ -291,7 +292,7 @@ def signal_main() -> bool:
 def own(valkey: Server) -> Iterator[Client]:
     client = connect(Config(redis_url=valkey.url), "test")
     yield client
-    assert isinstance(client._connections, _Connections)
+    assert isinstance(client._connections, Connections)
     for connection in client._connections._idle:
         connection.disconnect()
 

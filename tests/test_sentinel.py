@@ -1,0 +1,333 @@
+"""Behind Sentinel: failovers while requests run, sentinels that are down or wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Timer
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import redis
+from flask import session
+
+from luasession import ConfigurationError
+from luasession.config import read_config
+from luasession.connections import Connections, Recipe
+from luasession.failures import Nowhere, is_passing, is_read_only, unavailable
+from luasession.location import read_location
+from luasession.servers import Sentinels
+
+from .conftest import TestApp
+from .servers import SentinelTopology, Server, free_port
+from .test_topologies import SENTINELS, close, connections, remember_reasons
+
+Topologies = Callable[[str], SentinelTopology]
+
+
+def app_on(topology: SentinelTopology, **config: Any) -> TestApp:
+    prefix = f"t{uuid4().hex[:8]}:"
+    return TestApp(
+        topology,
+        {"SESSION_KEY_PREFIX": prefix, "SESSION_REDIS_DEADLINE": 20, "SESSION_CACHE_TTL": 0, **config},
+    )
+
+
+def see() -> dict[str, Any]:
+    return dict(session)
+
+
+# URLs.
+
+
+def test_what_a_url_says() -> None:
+    """Service, database, credentials, TLS: for the servers, and what the sentinels want apart."""
+    where = read_location(
+        "rediss+sentinel://me:p%40ss@a:1,b/main/3?ssl_ca_certs=/ca.pem&sentinel_password=s%26s", "KEY"
+    )
+    assert where.addresses == (("a", 1), ("b", 26379))
+    assert (where.service, where.tls) == ("main", True)
+    assert where.options == {"username": "me", "password": "p@ss", "ssl_ca_certs": "/ca.pem", "db": 3}
+    assert where.sentinel_options == {"ssl_ca_certs": "/ca.pem", "password": "s&s"}
+    plain = read_location("redis+sentinel://a/my%20main", "KEY")
+    assert (plain.service, plain.options, plain.sentinel_options, plain.tls) == (
+        "my main",
+        {"db": 0},
+        {},
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("rest", "why"),
+    [
+        ("a:1", "service is missing"),
+        ("a:1/", "service is missing"),
+        ("a:1//0", "service is missing"),
+        ("a:1/main/x", "must be a number"),
+        ("a:1/main/0/1", "must be a number"),
+        (",a:1/main", "commas"),
+        ("a:99999/main", "99999 is no port"),
+        ("me:hunter2/@a:1/main", "%2F"),
+        ("a:1/main?nonsense=hunter2", "nonsense"),
+        ("a:1/main?sentinel_nonsense=hunter2", "nonsense"),
+    ],
+)
+def test_a_wrong_url(rest: str, why: str) -> None:
+    """A wrong URL stops the app at its start: the setting, what was expected, and no password."""
+    with pytest.raises(ConfigurationError) as caught:
+        read_config({"SESSION_REDIS_URL": f"redis+sentinel://{rest}"})
+    message = str(caught.value)
+    expected = "SESSION_REDIS_URL must be redis+sentinel://[user:password@]host:port,host:port/service[/db]"
+    assert message.startswith(expected)
+    assert why in message
+    assert "hunter2" not in message
+
+
+def test_a_database_and_passwords(sentinels: Topologies) -> None:
+    """The URL's database is used, its credentials go to the servers, the sentinels' own to the sentinels."""
+    topology = sentinels("valkey-9.1")
+    for each in (*topology.servers, *topology.sentinels):
+        with each.client() as client:
+            # A sentinel has no keys to speak of.
+            keys = ["~*"] if each in topology.servers else []
+            password = ">server" if each in topology.servers else ">sentinel"
+            client.execute_command("ACL", "SETUSER", "shop", "on", password, *keys, "+@all")
+    url = topology.url.replace("://", "://shop:server@").replace("/main/0", "/main/5")
+    app = app_on(topology, SESSION_REDIS_URL=f"{url}?sentinel_username=shop&sentinel_password=sentinel")
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    assert browser.run(see) == {"a": 1}
+    handle = browser.run(lambda: session.handle)
+    with topology.primary.client(db=5) as client:
+        assert client.exists(app.prefix + handle)
+    reasons: list[str] = []
+    wrong = app_on(topology, SESSION_REDIS_URL=f"{url}?sentinel_username=shop&sentinel_password=hunter2")
+    remember_reasons(wrong, reasons)
+    wrong.browser().run(lambda: session.update(a=1), status=503)
+    assert reasons[0].count("AuthenticationError") == 3
+    assert "hunter2" not in reasons[0]
+
+
+# Sentinels that are down, or say other things.
+
+
+def test_sentinels_that_are_down(sentinels: Topologies) -> None:
+    """Of several sentinels one that answers is enough, and is asked first from then on."""
+    topology = sentinels("valkey-9.1")
+    dead = ",".join(f"127.0.0.1:{free_port()}" for _ in range(2))
+    url = f"redis+sentinel://{dead},127.0.0.1:{topology.sentinels[0].port}/main"
+    browser = app_on(topology, SESSION_REDIS_URL=url).browser()
+    browser.run(lambda: session.update(a=1))
+    assert browser.run(see) == {"a": 1}
+    reasons: list[str] = []
+    app = app_on(topology, SESSION_REDIS_URL=f"redis+sentinel://{dead}/main", SESSION_REDIS_DEADLINE=0.1)
+    remember_reasons(app, reasons)
+    app.browser().run(lambda: session.update(a=1), status=503)
+    assert reasons[0].startswith("no sentinel names a primary of main: ")
+    assert all(f"{address}: ConnectionError" in reasons[0] for address in dead.split(","))
+
+
+def test_an_unknown_service(sentinels: Topologies) -> None:
+    """A service that no sentinel knows is told at once, in the sentinels' words."""
+    topology = sentinels("valkey-9.1")
+    app = app_on(
+        topology, SESSION_REDIS_URL=topology.url.replace("/main", "/nobody"), SESSION_REDIS_DEADLINE=60
+    )
+    reasons: list[str] = []
+    remember_reasons(app, reasons)
+    app.browser().run(lambda: session.update(a=1), status=503)
+    assert reasons[0].count("No such master with that name") == 3
+
+
+STATE = {b"name": b"main", b"ip": b"p", b"port": b"1", b"flags": b"master", b"num-other-sentinels": b"2"}
+
+
+class Fake(Connections):
+    """A sentinel, or a server, that answers with what it was given."""
+
+    def __init__(self, host: str, state: Any = None) -> None:
+        super().__init__(Recipe(lambda **_: None, {"host": host, "port": 1}, 1), 0.01)
+        self.state = state
+        self.asked = 0
+        self.dropped = 0
+
+    def ask(self, words: Any, accept: Callable[[Any], bool]) -> tuple[int, Any]:
+        self.asked += 1
+        if isinstance(self.state, Exception):
+            raise self.state
+        flat = [item for pair in self.state.items() for item in pair]
+        assert accept(self.state)
+        assert accept(flat)
+        assert not accept([b"name", b"other"])
+        assert not accept(b"OK")
+        return 0, flat
+
+    def drop(self) -> None:
+        self.dropped += 1
+
+
+def test_whom_a_primary_is_asked_of() -> None:
+    """A sentinel that sees the primary down, or too few others, is not believed; the one that was, is asked first."""
+    down = Fake("a", {**STATE, b"flags": b"master,s_down"})
+    alone = Fake("b", {**STATE, b"num-other-sentinels": b"0"})
+    gone = Fake("c", redis.ConnectionError("refused"))
+    good = Fake("d", STATE)
+    found = Sentinels([down, alone, gone, good], "main", lambda host, port: Fake(host), 1, 1)
+    primary = found.of(b"key")
+    assert str(primary) == "p:1"
+    assert found.of(b"other") is primary
+    assert [each.asked for each in (down, alone, gone, good)] == [1, 1, 1, 1]
+    # What has nothing to do with a failover asks nobody; what may, asks again and keeps the connections.
+    found.heard(redis.ResponseError("WRONGTYPE"), primary, b"key")
+    assert found.of(b"key") is primary
+    assert good.asked == 1
+    found.heard(redis.ConnectionError("gone"), primary, b"key")
+    assert found.of(b"key") is primary
+    assert [each.asked for each in (down, alone, gone, good)] == [1, 1, 1, 2]
+    # Another primary: the idle connections to the old one go.
+    good.state = {**STATE, b"ip": b"q"}
+    found.heard(redis.ReadOnlyError("You can't write against a read only replica."), primary, b"key")
+    before = primary.dropped  # type: ignore[attr-defined]
+    assert str(found.of(b"key")) == "q:1"
+    assert primary.dropped > before > 0  # type: ignore[attr-defined]
+    good.state = redis.ConnectionError("refused")
+    found.heard(redis.ConnectionError("gone"), found.of(b"key"), b"key")
+    with pytest.raises(Nowhere) as caught:
+        found.of(b"key")
+    assert caught.value.passing
+    for words in (
+        "a:1: the primary is master,s_down",
+        "b:1: it sees too few",
+        "d:1: ConnectionError: refused",
+    ):
+        assert words in str(caught.value)
+
+
+# Failovers.
+
+
+@pytest.mark.parametrize("way", ["url", "redis-py", "valkey-py"])
+def test_a_planned_failover(sentinels: Topologies, way: str) -> None:
+    """While another server is promoted requests in parallel all succeed, and none of their keys is lost."""
+    topology = sentinels("valkey-9.1")
+    config = SENTINELS[way](topology)
+    app = app_on(topology, SESSION_WAIT_REPLICAS=1, SESSION_WAIT_TIMEOUT=10, **config)
+    browser = app.browser()
+    browser.run(lambda: session.update(start=1))
+    old, written = topology.primary, []
+    failed_over = False
+
+    def write(worker: int) -> None:
+        mine, n = browser.twin(), 0
+        while not failed_over:
+            mine.run(lambda n=n: session.update({f"{worker}-{n}": n}))
+            written.append(f"{worker}-{n}")
+            n += 1
+            time.sleep(0.01)
+
+    with ThreadPoolExecutor(4) as pool:
+        workers = [pool.submit(write, worker) for worker in range(4)]
+        try:
+            with topology.sentinels[0].client() as client:
+                client.execute_command("SENTINEL", "FAILOVER", "main")
+            deadline = time.monotonic() + 30
+            while topology.primary is old and time.monotonic() < deadline:
+                time.sleep(0.02)
+            before = len(written)
+            while len(written) < before + 8 and time.monotonic() < deadline:
+                time.sleep(0.02)
+        finally:
+            failed_over = True
+        for each in workers:
+            each.result()
+    assert topology.primary is not old
+    assert set(browser.twin(app.another()).run(see)) == {"start", *written}
+    assert connections(app, browser) is not None
+    topology.settle()
+    close(config)
+
+
+def test_the_primary_is_killed(sentinels: Topologies) -> None:
+    """Killed: whoever waits is served by the promoted one, whoever does not gets 503; what was acknowledged is there."""
+    topology = sentinels("valkey-9.1")
+    app = app_on(topology, SESSION_WAIT_REPLICAS=1, SESSION_WAIT_TIMEOUT=5)
+    hasty = app.another(SESSION_REDIS_DEADLINE=0.1)
+    reasons: list[str] = []
+    remember_reasons(hasty, reasons)
+    browser = app.browser()
+    browser.run(lambda: session.update(acknowledged=1))
+    impatient = browser.twin(hasty)
+    assert impatient.run(see) == {"acknowledged": 1}
+    old = topology.primary
+    old.kill()
+    try:
+        impatient.run(lambda: session.update(no=1), status=503)
+        assert f"127.0.0.1:{old.port}: ConnectionError" in reasons[0] or "no sentinel names" in reasons[0]
+        browser.run(lambda: session.update(waited=1))
+        assert topology.primary is not old
+        assert browser.run(see) == impatient.run(see) == {"acknowledged": 1, "waited": 1}
+        assert browser.twin(app.another()).run(see) == {"acknowledged": 1, "waited": 1}
+    finally:
+        topology.bring_back(old)
+    browser.run(lambda: session.update(after=1))
+
+
+def test_read_only_for_a_while(own_server: Server) -> None:
+    """A server that is a replica for a while, in the words of its version, is waited for; then it is done once."""
+    app = TestApp(own_server, {"SESSION_REDIS_DEADLINE": 20, "SESSION_CACHE_TTL": 0})
+    hasty = app.another(SESSION_REDIS_DEADLINE=0)
+    reasons: list[str] = []
+    remember_reasons(hasty, reasons)
+    browser = app.browser()
+    browser.run(lambda: session.update(n=1))
+    with own_server.client() as client:
+        client.execute_command("REPLICAOF", "127.0.0.1", "1")
+        browser.twin(hasty).run(lambda: session.update(n=0), status=503)
+        assert "read only replica" in reasons[0].lower() or "readonly" in reasons[0].lower()
+        timer = Timer(0.3, lambda: client.execute_command("REPLICAOF", "NO", "ONE"))
+        timer.start()
+        browser.run(lambda: session.update(n=2))
+        timer.join()
+    assert browser.run(lambda: (session["n"], session.version)) == (2, 2)
+
+
+def test_read_only_with_replicas_to_wait_for(own_server: Server) -> None:
+    """A replica refuses WAIT as well: what counts is that it refused the write, which passes."""
+    app = TestApp(own_server, {"SESSION_REDIS_DEADLINE": 20, "SESSION_CACHE_TTL": 0})
+    waiting = app.another(SESSION_WAIT_REPLICAS=1, SESSION_WAIT_TIMEOUT=0.01, SESSION_REDIS_DEADLINE=0)
+    reasons: list[str] = []
+    remember_reasons(waiting, reasons)
+    browser = app.browser()
+    browser.run(lambda: session.update(n=1))
+    with own_server.client() as client:
+        client.execute_command("REPLICAOF", "127.0.0.1", "1")
+        browser.twin(waiting).run(lambda: session.update(n=0), status=503)
+        client.execute_command("REPLICAOF", "NO", "ONE")
+    assert "read only replica" in reasons[0].lower() or "readonly" in reasons[0].lower()
+
+
+@pytest.mark.parametrize(
+    ("words", "read_only"),
+    [
+        ("READONLY You can't write against a read only replica.", True),
+        ("ERR Error running script (call to f_ab): @user_script:7: -READONLY You can't write", True),
+        ("Error running script: @user_script: 7: You can't write against a read only replica", True),
+        ("TRYAGAIN Multiple keys request during rehashing of slot", False),
+        ("CLUSTERDOWN The cluster is down", False),
+        ("MASTERDOWN Link with MASTER is down", False),
+        ("LOADING Redis is loading the dataset in memory", False),
+    ],
+)
+def test_words_that_pass(words: str, read_only: bool) -> None:
+    """What passes by itself is waited for, in any version's words, and is told with the server's name."""
+    error = redis.ResponseError(words)
+    assert is_passing(error)
+    assert is_read_only(error) is read_only
+    assert unavailable(error, "host:1").reason == f"host:1: ResponseError: {words}"
+    assert not is_passing(redis.ResponseError("OOM command not allowed when used memory > 'maxmemory'."))
+    # As the library's own classes, which leave the code out.
+    for kind in ("TryAgainError", "ClusterDownError", "MasterDownError", "ReadOnlyError", "BusyLoadingError"):
+        assert is_passing(getattr(redis.exceptions, kind)("words"))

@@ -1,0 +1,309 @@
+"""Guarantees on a cluster and behind Sentinel: the same tests as on a single server, run once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from uuid import uuid4
+
+import gevent
+import pytest
+import redis
+import valkey.cluster
+import valkey.sentinel
+from flask import session
+from redis.cluster import LoadBalancingStrategy
+
+from luasession import ConfigurationError
+from luasession.connections import Connections
+
+from .conftest import GUARANTEED, Browser, MakeApp, TestApp
+from .servers import ClusterTopology, SentinelTopology
+
+# The fixtures below stand in for the ones of the same names that these tests were written for.
+from .test_g1_disjoint_keys import *  # noqa: F403
+from .test_g2_readers_never_write import *  # noqa: F403
+from .test_g4_atomic_repeatable import *  # noqa: F403
+from .test_g5_versions import *  # noqa: F403
+from .test_g8_grace import *  # noqa: F403
+
+Topology = Any
+
+
+@pytest.fixture(scope="session", params=["cluster", "sentinel"])
+def topology(request: pytest.FixtureRequest, clusters: Any, sentinels: Any) -> Topology:
+    """A cluster, and a primary behind sentinels, of the embedded default."""
+    return {"cluster": clusters, "sentinel": sentinels}[request.param]("valkey-9.1")
+
+
+@pytest.fixture(params=GUARANTEED)
+def any_cluster(request: pytest.FixtureRequest, clusters: Any) -> ClusterTopology:
+    return clusters(request.param)
+
+
+@pytest.fixture(params=GUARANTEED)
+def any_sentinels(request: pytest.FixtureRequest, sentinels: Any) -> SentinelTopology:
+    return sentinels(request.param)
+
+
+@pytest.fixture
+def make_app(topology: Topology) -> MakeApp:
+    """Make an app on the topology, under a key prefix of its own."""
+
+    def make(**config: Any) -> TestApp:
+        # A loaded machine may stall a node for a while; what is tested here is no deadline.
+        prefix = f"t{uuid4().hex[:8]}:"
+        return TestApp(topology, {"SESSION_KEY_PREFIX": prefix, "SESSION_REDIS_DEADLINE": 10, **config})
+
+    return make
+
+
+def see() -> dict[str, Any]:
+    return dict(session)
+
+
+# Every way to get there.
+
+
+CLUSTERS: dict[str, Callable[[ClusterTopology], dict[str, Any]]] = {
+    "url": lambda cluster: {"SESSION_REDIS_URL": cluster.url},
+    "redis-py": lambda cluster: {"SESSION_REDIS": cluster.client()},
+    "redis-py from_url": lambda cluster: {
+        "SESSION_REDIS": redis.RedisCluster.from_url(cluster.servers[1].tcp_url)
+    },
+    "redis-py decoding, from replicas": lambda cluster: {
+        "SESSION_REDIS": redis.RedisCluster(
+            "127.0.0.1",
+            cluster.servers[0].port,
+            protocol=3,
+            decode_responses=True,
+            load_balancing_strategy=LoadBalancingStrategy.ROUND_ROBIN,
+        )
+    },
+    "valkey-py": lambda cluster: {
+        "SESSION_REDIS": valkey.cluster.ValkeyCluster("127.0.0.1", cluster.servers[0].port)
+    },
+    "valkey-py decoding, from replicas": lambda cluster: {
+        "SESSION_REDIS": valkey.cluster.ValkeyCluster(
+            "127.0.0.1", cluster.servers[0].port, decode_responses=True, read_from_replicas=True
+        )
+    },
+}
+
+SENTINELS: dict[str, Callable[[SentinelTopology], dict[str, Any]]] = {
+    "url": lambda sentinels: {"SESSION_REDIS_URL": sentinels.url},
+    "redis-py": lambda sentinels: {"SESSION_REDIS": redis.Sentinel(sentinels.addresses).master_for("main")},
+    "redis-py decoding": lambda sentinels: {
+        "SESSION_REDIS": redis.Sentinel(
+            sentinels.addresses, sentinel_kwargs={"decode_responses": True, "protocol": 3}
+        ).master_for("main", decode_responses=True, protocol=3)
+    },
+    "valkey-py": lambda sentinels: {
+        "SESSION_REDIS": valkey.sentinel.Sentinel(sentinels.addresses).master_for("main")
+    },
+}
+
+
+@pytest.mark.parametrize("way", CLUSTERS)
+def test_every_way_to_a_cluster(any_cluster: ClusterTopology, way: str) -> None:
+    """Each URL and client of a cluster serves a session's whole life, on all of its primaries."""
+    config = CLUSTERS[way](any_cluster)
+    app = TestApp(
+        any_cluster, {"SESSION_KEY_PREFIX": f"t{uuid4().hex[:8]}:", "SESSION_CACHE_TTL": 0, **config}
+    )
+    owners = set()
+    while len(owners) < 3:
+        owners.add(any_cluster.owner(app.prefix + whole_life(app)).port)
+    close(config)
+
+
+@pytest.mark.parametrize("way", SENTINELS)
+def test_every_way_to_sentinels(any_sentinels: SentinelTopology, way: str) -> None:
+    """Each URL and client of sentinels serves a session's whole life."""
+    config = SENTINELS[way](any_sentinels)
+    app = TestApp(
+        any_sentinels, {"SESSION_KEY_PREFIX": f"t{uuid4().hex[:8]}:", "SESSION_CACHE_TTL": 0, **config}
+    )
+    whole_life(app)
+    close(config)
+
+
+def close(config: dict[str, Any]) -> None:
+    client = config.get("SESSION_REDIS")
+    if client is not None:
+        client.close()
+
+
+def whole_life(app: TestApp) -> str:
+    """Write, read, write in parallel, rotate, find by principal, revoke, destroy; return the handle."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1, text="snø"))
+    handle: str = browser.run(lambda: session.handle)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: browser.twin().run(lambda: session.update({f"k{n}": n})), range(8)))
+    expected = {"a": 1, "text": "snø", **{f"k{n}": n for n in range(8)}}
+    assert browser.run(see) == browser.twin(app.another()).run(see) == expected
+
+    def log_in() -> None:
+        session.regenerate(in_flight=False)
+        session.principal = "ada"
+
+    late = browser.twin()
+    browser.run(log_in)
+    assert (browser.run(see), late.run(see)) == (expected, {})
+    others = [app.browser() for _ in range(3)]
+    for other in others:
+        other.run(log_in)
+    sessions = app.flask.extensions["luasession"]
+    assert len(sessions.sessions_of("ada")) == 4
+    assert sessions.revoke_all("ada", keep=handle) == 3
+    assert [other.run(see) for other in others] == [{}] * 3
+    before = browser.twin()
+    browser.run(lambda: session.destroy())
+    before.run(lambda: session.update(late=1))
+    assert b"a" not in app.stored(handle)
+    return handle
+
+
+def test_scripts_flushed_on_a_node(topology: Topology, make_app: MakeApp) -> None:
+    """SCRIPT FLUSH on one server shows nowhere but in the counter."""
+    app = make_app(SESSION_CACHE_TTL=0)
+    browser = app.browser()
+    browser.run(lambda: session.update(n=0))
+    server = owner(topology, app, browser)
+    for n in range(1, 4):
+        with server.client() as client:
+            client.execute_command("SCRIPT", "FLUSH")
+        browser.run(lambda n=n: session.update(n=n))
+        assert browser.twin(app.another()).run(see) == {"n": n}
+        assert app.stats()["script_reloads"] == n
+
+
+def owner(topology: Topology, app: TestApp, browser: Browser) -> Any:
+    """Return the server that has a browser's session."""
+    handle = browser.cookies["session"].partition(".")[0]
+    return topology.owner(app.prefix + handle) if hasattr(topology, "owner") else topology.primary
+
+
+def connections(app: TestApp, browser: Browser) -> Connections:
+    """Return the connections that the next call about a browser's session is made on."""
+    handle = browser.cookies["session"].partition(".")[0]
+    client = app.flask.session_interface._store._client  # type: ignore[attr-defined]
+    found: Connections = client._connections.of((app.prefix + handle).encode())
+    return found
+
+
+def test_a_lost_reply_is_one_commit(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit whose reply is lost is sent again, on the way of that topology, and applied once."""
+    app = make_app(SESSION_CACHE_TTL=0)
+    browser = app.browser()
+    browser.run(lambda: session.update(log=[]))
+    found = connections(app, browser)
+    original, sent = found._exchange, []
+
+    def lossy(connection: Any, words: Any, *about: Any) -> Any:
+        reply = original(connection, words, *about)
+        sent.append(words)
+        if len(sent) == 2:  # the first one reads
+            raise redis.ConnectionError("the reply is lost")
+        return reply
+
+    monkeypatch.setattr(found, "_exchange", lossy)
+    browser.run(lambda: session["log"].append("once"))
+    assert len(sent) == 3
+    assert browser.twin(app.another()).run(lambda: (session["log"], session.version)) == (["once"], 2)
+
+
+# Replicas that acknowledge.
+
+
+def test_replicas_acknowledge(topology: Topology, make_app: MakeApp) -> None:
+    """With ``SESSION_WAIT_REPLICAS`` commit and destroy need the replicas: of them stopped, 503 with how many."""
+    app = make_app(SESSION_CACHE_TTL=0, SESSION_WAIT_REPLICAS=1, SESSION_WAIT_TIMEOUT=5)
+    browser = app.browser()
+    browser.run(lambda: session.update(n=1))
+    hasty = app.another(SESSION_WAIT_TIMEOUT=0.01)
+    reasons: list[str] = []
+    remember_reasons(hasty, reasons)
+    mine = browser.twin(hasty)
+    mine.run(see)
+    primary = owner(topology, app, browser)
+    with primary.client() as client:
+        ports = {
+            int(fields["port"])
+            for name, fields in client.info("replication").items()
+            if name.startswith("slave") and isinstance(fields, dict)
+        }
+    replicas = [each for each in topology.servers if each.port in ports]
+    assert replicas
+    for each in replicas:
+        each.pause()
+    try:
+        for view in (lambda: session.update(n=2), lambda: session.destroy()):
+            mine.run(view, status=503)
+    finally:
+        for each in replicas:
+            each.resume()
+    topology.settle()
+    assert reasons == ["0 of 1 replicas acknowledged within 10 ms"] * 2
+    app.browser().run(lambda: session.update(n=1))
+
+
+def remember_reasons(app: TestApp, reasons: list[str]) -> None:
+    """Keep what each 503 was for."""
+    from luasession import SessionUnavailable
+
+    def answer(error: SessionUnavailable) -> tuple[str, int]:
+        reasons.append(error.reason)
+        return "unavailable", 503
+
+    app.flask.register_error_handler(SessionUnavailable, answer)
+
+
+# No cross-talk.
+
+
+class Stop(BaseException):
+    """What a supervisor of one's own may raise anywhere."""
+
+
+@pytest.mark.parametrize(
+    "interruption", [gevent.Timeout, gevent.GreenletExit, KeyboardInterrupt, Stop, ValueError]
+)
+@pytest.mark.parametrize("library", ["url", "redis-py", "valkey-py"])
+def test_an_interrupted_read(
+    sentinels: Callable[[str], SentinelTopology], library: str, interruption: type[BaseException]
+) -> None:
+    """What is raised in the middle of a read costs a Sentinel's connection: nobody gets the other's reply."""
+    found = sentinels("valkey-9.1")
+    config = SENTINELS[library](found)
+    app = TestApp(found, {"SESSION_KEY_PREFIX": f"t{uuid4().hex[:8]}:", "SESSION_CACHE_TTL": None, **config})
+    app.flask.testing = True
+    first, second = app.browser(), app.browser()
+    first.run(lambda: session.update(who="first"))
+    second.run(lambda: session.update(who="second"))
+    taken_from = connections(app, first)
+    connection = taken_from.take()
+    taken_from.give(connection)
+
+    def broken(*args: Any, **options: Any) -> Any:
+        raise interruption
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection, "read_response", broken)
+        with pytest.raises(interruption):
+            first.run(see)
+    assert connection._sock is None
+    for _ in range(2):
+        assert (first.run(see), second.run(see)) == ({"who": "first"}, {"who": "second"})
+    close(config)
+
+
+def test_a_replica_is_refused(sentinels: Callable[[str], SentinelTopology]) -> None:
+    """What a Sentinel's ``slave_for`` gives is refused with the name of what is wanted."""
+    client = redis.Sentinel(sentinels("valkey-9.1").addresses).slave_for("main")
+    app = TestApp(None, {"SESSION_REDIS": client, "TESTING": True})
+    with pytest.raises(ConfigurationError, match="master_for"):
+        app.browser().run(lambda: session.update(a=1))
+    client.close()
