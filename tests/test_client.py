@@ -19,8 +19,10 @@ from redis.retry import Retry
 
 import luasession.client
 from luasession import ConfigurationError, SessionUnavailable
-from luasession.client import Client, Patience, Unproven, _Connections, _packed, connect
+from luasession.client import Client, Patience, connect
 from luasession.config import Config
+from luasession.connections import Connections, Recipe, _packed
+from luasession.failures import Unproven
 
 OK = b"the answer"
 
@@ -76,7 +78,7 @@ class Clock:
         self.now_ns = 1_000_000_000
         self.pauses: list[float] = []
 
-    def monotonic_ns(self) -> int:
+    def monotonic(self) -> int:
         self.now_ns += 1000
         return self.now_ns
 
@@ -90,6 +92,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """No test here waits for a pause; the jitter is left out."""
     clock = Clock()
     monkeypatch.setattr(luasession.client, "time", clock)
+    monkeypatch.setattr(luasession.client, "now_ns", clock.monotonic)
     monkeypatch.setattr("random.uniform", lambda low, high: (low + high) / 2)
     return clock
 
@@ -98,7 +101,7 @@ class Caller:
     """Makes one call after the other, and keeps what it was asked for."""
 
     def __init__(self, pool: Pool, seconds: float = 1.0) -> None:
-        self.connections = _Connections(pool, 0.01)
+        self.connections = Connections(Recipe.of(pool), 0.01)
         self.client = Client(self.connections)
         self.patience = Patience(seconds)
         self.asked: list[tuple[int, int, bool]] = []
@@ -108,7 +111,7 @@ class Caller:
         return (b"EVALSHA" if known else b"EVAL", b"x")
 
     def call(self, wait: tuple[int, int] | None = None) -> tuple[int, Any]:
-        return self.client.call(self.words, lambda reply: reply == OK, self.patience, wait)
+        return self.client.call(self.words, lambda reply: reply == OK, self.patience, wait)[:2]
 
     @property
     def free(self) -> int:
@@ -255,7 +258,7 @@ def test_what_lasts_is_told_at_once(clock: Clock, error: Exception) -> None:
     caller = Caller(Pool(error, OK))
     with pytest.raises(SessionUnavailable) as raised:
         caller.call()
-    assert raised.value.reason == f"{type(error).__name__}: {error}"
+    assert raised.value.reason == f"localhost:6379: {type(error).__name__}: {error}"
     assert raised.value.__cause__ is error
     assert (len(caller.asked), clock.pauses) == (1, [])
     assert caller.free == 64
@@ -305,7 +308,9 @@ def test_what_breaks_off_drops_the_connection(clock: Clock, answer: Any) -> None
 
 def test_another_calls_reply_is_never_returned(clock: Clock) -> None:
     """Where only foreign replies come the call ends in an error that says so, within its deadline."""
-    with pytest.raises(SessionUnavailable, match=r"^Unproven: the reply answers another call$"):
+    with pytest.raises(
+        SessionUnavailable, match=r"^localhost:6379: Unproven: the reply answers another call$"
+    ):
         Caller(Pool(*[b"another's"] * 100), seconds=0.2).call()
 
 
@@ -390,7 +395,7 @@ def test_a_reply_that_is_none_to_wait(clock: Clock, answer: Any) -> None:
 @pytest.mark.parametrize(("bound", "free"), [(3, 3), (64, 64), (1000, 64)])
 def test_as_many_as_the_pool_allows(bound: int, free: int) -> None:
     """The client's own bound is kept to, and 64 at most."""
-    connections = _Connections(Pool(max_connections=bound), 0.01)
+    connections = Connections(Recipe.of(Pool(max_connections=bound)), 0.01)
     taken = [connections.take() for _ in range(free)]
     assert len(set(map(id, taken))) == free
     with pytest.raises(redis.ConnectionError, match=r"^no connection became free within 0\.01 s$"):
@@ -401,7 +406,7 @@ def test_as_many_as_the_pool_allows(bound: int, free: int) -> None:
 
 def test_the_last_used_comes_first() -> None:
     """Of idle connections the one used last is taken, so that the rest may be closed by the server."""
-    connections = _Connections(Pool(), 0.01)
+    connections = Connections(Recipe.of(Pool()), 0.01)
     first, second = connections.take(), connections.take()
     connections.give(first)
     connections.give(second)
@@ -410,7 +415,7 @@ def test_the_last_used_comes_first() -> None:
 
 def test_a_lost_one_takes_its_idle_neighbours_with_it() -> None:
     """They were connected to the same server; those in use are left to their users."""
-    connections = _Connections(Pool(), 0.01)
+    connections = Connections(Recipe.of(Pool()), 0.01)
     lost, idle, busy = connections.take(), connections.take(), connections.take()
     connections.give(idle)
     connections.lose(lost)
@@ -421,7 +426,7 @@ def test_a_lost_one_takes_its_idle_neighbours_with_it() -> None:
 
 def test_a_neighbour_that_cannot_be_closed_loses_no_slot() -> None:
     """Whatever closing ends in, the slot comes back."""
-    connections = _Connections(Pool(), 0.01)
+    connections = Connections(Recipe.of(Pool()), 0.01)
     lost = connections.take()
     lost.disconnect = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
@@ -452,7 +457,7 @@ def test_nobody_else_tries_again() -> None:
     retry = Retry(ExponentialBackoff(), 10)
     settings = {"host": "there", "retry": retry, "retry_on_timeout": True, "retry_on_error": [OSError]}
     pool = Pool(**settings)
-    made = _Connections(pool, 0.01).take().settings
+    made = Connections(Recipe.of(pool), 0.01).take().settings
     assert made.pop("retry").get_retries() == 0
     assert made == {"host": "there", "retry_on_timeout": False, "retry_on_error": []}
     # The client's own are left as they were.
@@ -462,13 +467,13 @@ def test_nobody_else_tries_again() -> None:
 
 def test_settings_that_are_not_there_are_not_made_up() -> None:
     """A connection class that knows no retries is not handed any."""
-    assert _Connections(Pool(path="here"), 0.01).take().settings == {"path": "here"}
-    assert _Connections(Pool(retry=None), 0.01).take().settings == {"retry": None}
+    assert Connections(Recipe.of(Pool(path="here")), 0.01).take().settings == {"path": "here"}
+    assert Connections(Recipe.of(Pool(retry=None)), 0.01).take().settings == {"retry": None}
 
 
 def test_freed_they_are_closed() -> None:
     """Idle connections are closed with the last reference to them, without the garbage collector."""
-    connections = _Connections(Pool(), 0.01)
+    connections = Connections(Recipe.of(Pool()), 0.01)
     connection = connections.take()
     connections.give(connection)
     gc.disable()
@@ -482,7 +487,7 @@ def test_freed_they_are_closed() -> None:
 def test_threads_share_no_connection() -> None:
     """Eight threads on three connections: none is ever in two hands, and all slots come back."""
     pool = Pool(max_connections=3)
-    connections = _Connections(pool, 10)
+    connections = Connections(Recipe.of(pool), 10)
     barrier = threading.Barrier(8)
 
     def work(number: int) -> None:
@@ -521,17 +526,6 @@ def test_connecting_opens_nothing() -> None:
     client = connect(Config(redis_url="redis://127.0.0.1:1/0"), "app")
     with pytest.raises(SessionUnavailable, match="Connection"):
         client.call(lambda *_: [b"PING"], lambda _: True, Patience(0))
-
-
-@pytest.mark.parametrize("scheme", ["redis+cluster", "rediss+cluster", "redis+sentinel"])
-def test_what_is_not_supported_yet_says_so(scheme: str) -> None:
-    """The scheme is named, and what would do; the URL, which may hold a password, is not."""
-    config = Config(redis_url=f"{scheme}://:hush@there:1")
-    with pytest.raises(
-        ConfigurationError, match=rf"{scheme}:// is not supported yet".replace("+", r"\+")
-    ) as raised:
-        connect(config, "app")
-    assert "hush" not in str(raised.value)
 
 
 def test_a_client_without_a_pool_is_refused() -> None:
