@@ -155,7 +155,7 @@ def scene(request: pytest.FixtureRequest, make_valkey_app: MakeApp) -> Scene:
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("renewal", RENEWALS)
 def test_log_in_then_attack(scene: Scene, renewal: Callable[[], None], attack: Callable[[], Any]) -> None:
-    """victim logs in | attacker comes with the old id, in the grace, once and once more."""
+    """Victim logs in | attacker comes with the old id, in the grace, once and once more."""
     scene.victim.run(renewal)
     scene.attack(attack)
     if attack not in OWN:
@@ -165,7 +165,7 @@ def test_log_in_then_attack(scene: Scene, renewal: Callable[[], None], attack: C
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_warm_elsewhere_then_log_in_then_attack(scene: Scene, attack: Callable[[], Any]) -> None:
-    """another process caches the session | victim logs in | attacker asks that process: it shows nothing later."""
+    """Another process caches the session | victim logs in | attacker asks that process: it shows nothing later."""
     elsewhere = scene.attacker.twin(scene.app.another(SESSION_CACHE_TTL=60.0))
     assert elsewhere.run(lambda: dict(session)) == {"cart": [1]}
     scene.victim.run(log_in)
@@ -179,7 +179,7 @@ def test_warm_elsewhere_then_log_in_then_attack(scene: Scene, attack: Callable[[
 def test_attack_opens_then_log_in_then_attack_goes_on(
     scene: Scene, renewal: Callable[[], None], attack: Callable[[], Any], reads: bool
 ) -> None:
-    """attacker's request opens | victim logs in | that request goes on: it is dropped, principal or in_flight=False."""
+    """Attacker's request opens | victim logs in | that request goes on: it is dropped, principal or in_flight=False."""
 
     def view() -> Any:
         if reads:
@@ -196,7 +196,7 @@ def test_attack_opens_then_log_in_then_attack_goes_on(
 def test_attack_opens_then_log_in_and_step_up_then_attack_goes_on(
     scene: Scene, attack: Callable[[], Any]
 ) -> None:
-    """attacker's request opens | victim logs in | victim rotates again, letting requests go on | it goes on."""
+    """Attacker's request opens | victim logs in | victim rotates again, letting requests go on | it goes on."""
 
     def view() -> Any:
         assert session["cart"] == [1]
@@ -211,7 +211,7 @@ def test_attack_opens_then_log_in_and_step_up_then_attack_goes_on(
 
 @pytest.mark.parametrize("attack", [look_twice, write, write_on, commit_midway, take_over])
 def test_rotation_then_log_in_with_attacks_open_at_each(scene: Scene, attack: Callable[[], Any]) -> None:
-    """a rotation lets the attacker's open request go on | the log-in after it ends that, too."""
+    """A rotation lets the attacker's open request go on | the log-in after it ends that, too."""
 
     def view() -> Any:
         assert session["cart"] == [1]
@@ -226,7 +226,7 @@ def test_rotation_then_log_in_with_attacks_open_at_each(scene: Scene, attack: Ca
 
 @pytest.mark.parametrize("attack", [look, write_on, take_over])
 def test_log_in_then_log_out_then_attack(scene: Scene, attack: Callable[[], Any]) -> None:
-    """victim logs in | victim logs out | attacker comes with the old id: nothing of the session is there."""
+    """Victim logs in | victim logs out | attacker comes with the old id: nothing of the session is there."""
     scene.victim.run(log_in)
     scene.victim.run(lambda: session.destroy())
     seen = scene.attacker.run(attack)
@@ -236,7 +236,7 @@ def test_log_in_then_log_out_then_attack(scene: Scene, attack: Callable[[], Any]
 
 @pytest.mark.parametrize("how", [lambda: session.destroy(), lambda: session.clear()])
 def test_log_in_then_log_out_by_the_attacker(scene: Scene, how: Callable[[], None]) -> None:
-    """victim logs in | attacker destroys, or clears, under the old id: honoured within the grace (G8), and no more.
+    """Victim logs in | attacker destroys, or clears, under the old id: honoured within the grace (G8), and no more.
 
     It is what makes a log-out that overlaps a rotation log out. The attacker can end, and not read or change.
     """
@@ -248,7 +248,7 @@ def test_log_in_then_log_out_by_the_attacker(scene: Scene, how: Callable[[], Non
 
 @pytest.mark.parametrize("attack", [*ATTACKS, lambda: session.destroy(), lambda: session.clear()])
 def test_log_in_then_grace_passes_then_attack(make_app: MakeApp, attack: Callable[[], Any]) -> None:
-    """victim logs in | the grace passes | the old id is no id: it ends nothing either."""
+    """Victim logs in | the grace passes | the old id is no id: it ends nothing either."""
     app = make_app(SESSION_ROTATION_GRACE=0.03)
     victim = app.browser()
     victim.run(lambda: session.update(cart=[1]))
@@ -263,7 +263,7 @@ def test_log_in_then_grace_passes_then_attack(make_app: MakeApp, attack: Callabl
 
 
 def test_a_second_click_has_what_it_had_read(scene: Scene) -> None:
-    """attacker's request opens and reads | victim steps up, in_flight=False | it rotates: it keeps what it had read.
+    """Attacker's request opens and reads | victim steps up, in_flight=False | it rotates: it keeps what it had read.
 
     The price of G8's second click: whoever held a log-in's old id at a step-up, with a request open that
     itself rotates, goes on with a copy of what he could read before. Log out everywhere ends that, too.
