@@ -68,6 +68,16 @@ def create_app() -> Flask:
     def stats() -> dict[str, int]:
         return {"pid": os.getpid(), **app.extensions["luasession"].stats()}
 
+    @app.route("/login/<user>")
+    def login(user: str) -> str:
+        session["user"] = session.principal = user
+        session.regenerate()
+        return "ok"
+
+    @app.route("/revoke/<user>")
+    def revoke(user: str) -> str:
+        return str(app.extensions["luasession"].revoke_all(user))
+
     @app.route("/logout")
     def logout() -> str:
         session.clear()
