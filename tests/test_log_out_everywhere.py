@@ -40,7 +40,9 @@ def hammer(web: Web, cookies: dict[str, str], path: str, until: Event, seen: lis
         handles = [line.partition("=")[2].partition(".")[0] for line in lines if line.startswith("session=")]
         with lock:
             seen.append(
-                Seen(path, sent, time.monotonic(), status, body, handles[0] if handles and handles[0] else None)
+                Seen(
+                    path, sent, time.monotonic(), status, body, handles[0] if handles and handles[0] else None
+                )
             )
 
 

@@ -11,7 +11,6 @@ import io
 import logging
 import pprint
 import traceback
-import warnings
 from base64 import b64encode, urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,10 +22,10 @@ import pytest
 from flask import session
 
 import luasession.signals
-from luasession import LuaSessionError, SessionConflict, SessionGone, SessionTooLarge, SessionUnavailable
+from luasession import CorruptSession, LuaSessionError, SessionGone, SessionUnavailable
 
 from .conftest import Browser, MakeApp, TestApp
-from .servers import Server
+from .servers import Server, standalone
 
 
 class Everything:
@@ -60,7 +59,11 @@ class Everything:
         self.note(f"{where}, {type(error).__name__}", error, error.args, vars(error))
         lines = traceback.TracebackException.from_exception(error, capture_locals=True, max_group_depth=3)
         # Of the locals: those of luasession's own frames, as a crash reporter shows them.
-        own = [frame for frame in lines.stack if "luasession/" in frame.filename and "tests/" not in frame.filename]
+        own = [
+            frame
+            for frame in lines.stack
+            if "luasession/" in frame.filename and "tests/" not in frame.filename
+        ]
         self.note(f"traceback of {type(error).__name__}", *lines.format_exception_only())
         self.note("frames", *[frame.line for frame in own])
 
@@ -113,9 +116,17 @@ class Everything:
             digest = sha256(secret.encode()).digest()
             raw = urlsafe_b64decode(secret + "=")
             needles |= {secret, sid, quote(sid, safe=""), quote(secret, safe="")}
-            needles |= {"".join(f"%{ord(c):02X}" for c in secret), secret.replace("-", "%2D").replace("_", "%5F")}
+            needles |= {
+                "".join(f"%{ord(c):02X}" for c in secret),
+                secret.replace("-", "%2D").replace("_", "%5F"),
+            }
             for value in (digest, raw):
-                needles |= {value.hex(), value.hex().upper(), repr(value)[2:-1], quote_from_bytes(value, safe="")}
+                needles |= {
+                    value.hex(),
+                    value.hex().upper(),
+                    repr(value)[2:-1],
+                    quote_from_bytes(value, safe=""),
+                }
                 needles |= {b64encode(value).decode(), urlsafe_b64encode(value).decode().rstrip("=")}
         return sorted({where for where, text in self.seen for needle in needles if needle in text})
 
@@ -179,10 +190,11 @@ def live(everything: Everything, server: Server) -> None:
     handle = browser.cookies["session"].partition(".")[0]
     with server.client() as client:
         client.hset(app.prefix + handle, "bad", b"{rubbish")
+        app.flask.session_interface._store._here.cache.drop(handle)  # type: ignore[attr-defined]
         run(browser, lambda: dict(session))
         kept = client.hgetall(app.prefix + handle)
         client.hset(app.prefix + handle, "@i", b"\x09" + kept[b"@i"][1:])
-        run(app.another().browser() if False else browser, lambda: session.reload(), 500)
+        run(browser, lambda: session.reload(), 500)
         client.hset(app.prefix + handle, "@i", kept[b"@i"])
         dump = client.dump(app.prefix + handle)
         client.set(app.prefix + handle, "x")
@@ -214,38 +226,28 @@ def live(everything: Everything, server: Server) -> None:
     run(browser, lambda: session.update(n=2), 503)
 
 
-def test_no_secret_over_a_whole_life(
-    own_server: Server, log: io.StringIO, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_no_secret_over_a_whole_life(log: io.StringIO, recwarn: pytest.WarningsRecorder) -> None:
     """Logs, warnings, reprs, errors, signals, answers and stats: none holds a secret or a digest."""
-    if own_server.kind != "valkey-9.1":
-        return  # what is shown does not depend on the server
-    app = TestApp(
-        own_server,
-        {
-            "SESSION_MAX_BYTES": 4000,
-            "SESSION_MERGE": {"strict": "raise"},
-            "SESSION_REDIS_DEADLINE": 0.1,
-        },
-    )
-    everything = Everything(app)
-    live(everything, own_server)
+    settings = {
+        "SESSION_MAX_BYTES": 4000,
+        "SESSION_MERGE": {"strict": "raise"},
+        "SESSION_REDIS_DEADLINE": 0.1,
+    }
+    with standalone("valkey-9.1") as server:
+        everything = Everything(TestApp(server, settings))
+        live(everything, server)
     everything.note("warnings", *[str(warning.message) for warning in recwarn.list])
     everything.note("log", log.getvalue())
-    everything.note(
-        "objects",
-        *[repr(thing) for thing in gc.get_objects() if str(type(thing).__module__).startswith("luasession")],
-    )
+    luasessions = [
+        thing for thing in gc.get_objects() if str(type(thing).__module__).startswith("luasession")
+    ]
+    everything.note("objects", *map(repr, luasessions))
     assert everything.found() == []
     assert len(everything.sids) >= 6
     assert everything.told == {name for name in vars(luasession.signals) if name.startswith("session_")}
-    assert {SessionConflict, SessionGone, SessionTooLarge, SessionUnavailable} - set(everything.errors) <= {
-        SessionConflict,
-        SessionTooLarge,
-        SessionUnavailable,
-    }
+    assert {SessionGone, CorruptSession, SessionUnavailable, TypeError, ValueError} <= set(everything.errors)
     assert "does not decode" in log.getvalue()
-    assert any("redis" in text or "HGETALL" in text or "Traceback" in text for text in [log.getvalue()])
+    assert "Traceback" in log.getvalue()
 
 
 @pytest.mark.parametrize("where", ["log", "repr", "percent-encoded", "digest"])
@@ -264,5 +266,3 @@ def test_the_search_finds(make_valkey_app: MakeApp, where: str) -> None:
     assert everything.found() == []
     everything.note(where, shown[where])
     assert everything.found() == [where]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")

@@ -58,7 +58,13 @@ def secrets(stored: list[bytes]) -> set[str]:
     pool = [*stored, b"".join(stored), b"".join(reversed(stored))]
     found: set[str] = set()
     for raw in pool:
-        spellings = [raw, raw.hex().encode(), raw.hex().upper().encode(), b64encode(raw), urlsafe_b64encode(raw)]
+        spellings = [
+            raw,
+            raw.hex().encode(),
+            raw.hex().upper().encode(),
+            b64encode(raw),
+            urlsafe_b64encode(raw),
+        ]
         for start in range(max(len(raw) - _SECRET_BYTES + 1, 0)):
             window = raw[start : start + _SECRET_BYTES]
             found.add(urlsafe_b64encode(window).rstrip(b"=").decode())
@@ -75,7 +81,9 @@ def secrets(stored: list[bytes]) -> set[str]:
 
 def cookies(stored: list[bytes]) -> set[str]:
     """All cookies that can be made of what is stored."""
-    handles = {text for raw in stored for text in re.findall(r"(?<![\w-])[\w-]{22}(?![\w-])", raw.decode("latin-1"))}
+    handles = {
+        text for raw in stored for text in re.findall(r"(?<![\w-])[\w-]{22}(?![\w-])", raw.decode("latin-1"))
+    }
     whole = {raw.decode("latin-1") for raw in stored}
     joined = {f"{one}.{other}" for one, other in product(whole, repeat=2)} | whole
     return joined | {f"{handle}.{secret}" for handle, secret in product(handles, secrets(stored))}
@@ -142,6 +150,8 @@ def test_a_digest_in_the_url_or_in_another_cookie_is_nothing(make_valkey_app: Ma
         assert sid not in response.text
     for header in ({"X-Session": sid}, {"Authorization": f"Bearer {sid}"}, {"Cookie": f"sid={sid}"}):
         stranger = app.browser_with_header("")
-        stranger.client.environ_base.update({f"HTTP_{name.upper()}".replace("-", "_"): v for name, v in header.items()})
+        stranger.client.environ_base.update(
+            {f"HTTP_{name.upper()}".replace("-", "_"): v for name, v in header.items()}
+        )
         assert stranger.run(lambda: dict(session)) == {}
     assert app.browser().run(lambda: dict(session), path=f"/run?session={sid}") == {}
