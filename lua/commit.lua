@@ -95,7 +95,9 @@ if identity then
     formers, cleared, own_lifetime = more[1] or '', more[2], more[3]
     principal, label, deadlines = more[4], more[5], more[6]
     -- With a lifetime below zero the TTL would end what is to be kept.
-    if own_lifetime and (not own_lifetime:find('^[1-9]%d*$') or #own_lifetime > 14) then return answer('corrupt') end
+    if own_lifetime and (not own_lifetime:find('^[1-9]%d*$') or #own_lifetime > 14) then
+      return answer('corrupt')
+    end
   end
 end
 

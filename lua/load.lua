@@ -62,7 +62,9 @@ local version, last_id, committed, touched, _, bytes, permanent, rare, fields = 
 if rare == 1 then
   local more = redis.call('HMGET', session, '@f', '@e', '@p', '@l', '@x')
   formers, own_lifetime, principal, label, deadlines = more[1] or '', more[2], more[3], more[4], more[5]
-  if own_lifetime and (not own_lifetime:find('^[1-9]%d*$') or #own_lifetime > 14) then return answer('corrupt') end
+  if own_lifetime and (not own_lifetime:find('^[1-9]%d*$') or #own_lifetime > 14) then
+    return answer('corrupt')
+  end
 end
 
 local is_former = 0

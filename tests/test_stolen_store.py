@@ -137,7 +137,7 @@ def test_the_search_would_find_a_stored_secret(
     assert len(opening(app)[0]) >= 2
 
 
-def test_a_digest_in_the_url_or_in_another_cookie_is_nothing(make_valkey_app: MakeApp) -> None:
+def test_an_id_counts_in_its_cookie_only(make_valkey_app: MakeApp) -> None:
     """The id counts in its own cookie only: not in the query, the path, a header or another cookie."""
     app = make_valkey_app()
     browser = app.browser()
