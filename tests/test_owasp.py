@@ -156,7 +156,7 @@ ROWS = (
 
 
 @cache
-def tests_in(name: str) -> frozenset[str]:
+def names_in(name: str) -> frozenset[str]:
     tree = ast.parse((TESTS / f"{name}.py").read_text())
     return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
@@ -177,7 +177,7 @@ def test_what_is_named_is_there(row: Row) -> None:
     assert row.tests
     for test in row.tests:
         file, _, name = test.partition("::")
-        assert name in tests_in(file), test
+        assert name in names_in(file), test
 
 
 def test_the_table_in_the_readme() -> None:
