@@ -310,6 +310,20 @@ MUTATIONS = (
         ("test_g8_grace.py::test_after_the_grace_a_former_secret_is_none[valkey-9.1-destroy]",),
     ),
     Mutation(
+        "form of a stored lifetime",
+        "commit",
+        "if own_lifetime and (not own_lifetime:find('^[1-9]%d*$') or #own_lifetime > 14) then",
+        "if false then",
+        ("test_fuzz.py::test_a_stored_lifetime_that_is_none[json-write--5]",),
+    ),
+    Mutation(
+        "form of a stored lifetime met by a load",
+        "load",
+        "if own_lifetime and (not own_lifetime:find('^[1-9]%d*$') or #own_lifetime > 14) then",
+        "if false then",
+        ("test_fuzz.py::test_a_stored_lifetime_that_is_none[json-see--5]",),
+    ),
+    Mutation(
         "log-out sent again",
         "destroy",
         "answer(resend > 0 and 'destroyed' or 'missing')",

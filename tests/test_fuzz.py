@@ -272,6 +272,27 @@ def test_a_newer_format_is_refused_with_words(target: Target, view: Callable[[],
     assert browser.set_cookies == {}
 
 
+@pytest.mark.parametrize("lifetime", ["-5", "0", "x", "1e3", "", "9" * 15])
+@pytest.mark.parametrize("view", [see, write])
+def test_a_stored_lifetime_that_is_none(target: Target, view: Callable[[], Any], lifetime: str) -> None:
+    """A lifetime that is no positive number is refused with words: below zero it would end the session."""
+    spoilt = {**target.whole, b"@e": lifetime.encode()}
+    target.put(spoilt)
+    status, *_ = target.run(view)
+    assert status == 500
+    assert isinstance(target.errors[0], CorruptSession)
+    assert target.stored() == spoilt
+    # The same where only what changed is asked for.
+    target.put(target.whole)
+    asking = target.app.another(SESSION_CACHE_TTL=0)
+    browser = asking.browser()
+    browser.client.set_cookie("session", f"{target.handle}.{target.secret}")
+    assert browser.run(lambda: session["a"]) == 1
+    target.put(spoilt)
+    browser.run(lambda: session["a"], status=500)
+    assert target.stored() == spoilt
+
+
 @pytest.mark.parametrize("kind", ["string", "list", "set", "zset", "stream"])
 @pytest.mark.parametrize("view", [see, write, write_on, rotate, lambda: session.destroy()])
 def test_a_key_of_another_type(target: Target, kind: str, view: Callable[[], Any]) -> None:

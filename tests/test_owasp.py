@@ -40,20 +40,20 @@ class Row:
 
 ROWS = (
     Row(
-        "Session ID Entropy; Length",
+        "Session ID Length; Session ID Entropy",
         "7.2.3",
         "256 random bits of secret (`SESSION_ID_LENGTH`, 128 at least) beside 128 of handle, from the system's"
         " generator (`os.urandom`)",
         ("test_ids::test_all_bits_are_random", "test_ids::test_no_two_are_alike", "test_ids::test_the_form"),
     ),
     Row(
-        "Session ID Content",
+        "Session ID Content (or Value)",
         "7.2.2",
         "the id means nothing; all data is on the server",
         ("test_ids::test_the_form", "test_stolen_store::test_nothing_that_is_stored_opens_a_session"),
     ),
     Row(
-        "Session Management Implementation (strict)",
+        "Session ID Generation and Verification: Permissive and Strict",
         "7.2.1",
         "an id that the server did not issue is never adopted; checked in Redis, and by the cache as there",
         (
@@ -123,7 +123,7 @@ ROWS = (
         ),
     ),
     Row(
-        "Session Management Storage",
+        "Built-in Session Management Implementations (storage)",
         "",
         "Redis holds the secret's SHA-256 alone: who reads it has no cookie",
         ("test_stolen_store::test_nothing_that_is_stored_opens_a_session",),
