@@ -9,6 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
@@ -377,6 +378,8 @@ def test_bombs(server: Server, serializer: str) -> None:
     """Values made to hurt: each reads as missing or as a value, within the request, and the others work."""
     target = Target(server, serializer, SESSION_CACHE_TTL=None)
     for name, bomb in bombs(serializer).items():
+        with suppress(ValueError):  # and nothing else, RecursionError above all
+            make_serializer(serializer).loads(bomb)
         fields = {**target.whole, b"bomb": bomb}
         target.put(fields)
         status, seen, _ = target.run(write_on)

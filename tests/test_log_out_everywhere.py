@@ -10,6 +10,8 @@ from threading import Event, Lock
 from typing import Any
 from uuid import uuid4
 
+import pytest
+
 from .servers import Server, eventually
 from .web import Web, WebBrowser, serving
 
@@ -59,7 +61,15 @@ def warm(browser: WebBrowser, processes: int) -> None:
     assert eventually(ask, 20), pids
 
 
-def test_log_out_everywhere_over_three_processes(valkey: Server) -> None:
+@pytest.mark.parametrize(
+    "paths",
+    [
+        pytest.param(("/", "/", "/", "/nest/k", "/nest/k", "/set/late"), id="readers and writers"),
+        # A write that is refused has its process forget the session, which hides a window that is too long.
+        pytest.param(("/", "/", "/", "/"), id="readers"),
+    ],
+)
+def test_log_out_everywhere_over_three_processes(valkey: Server, paths: tuple[str, ...]) -> None:
     """After revoke_all has returned nothing is written; after the trust window nothing is read, in any process.
 
     What is read within the window is counted apart: it is what the contract allows (G10).
@@ -74,7 +84,7 @@ def test_log_out_everywhere_over_three_processes(valkey: Server) -> None:
         seen: list[Seen] = []
         lock, until = Lock(), Event()
         with ThreadPoolExecutor(10) as pool, valkey.client() as client:
-            for path in ("/", "/", "/", "/nest/k", "/nest/k", "/set/late"):
+            for path in paths:
                 pool.submit(hammer, web, dict(browser.cookies), path, until, seen, lock)
             time.sleep(0.3)
             status, body, _ = web.browser().request("/revoke/ada")
