@@ -66,7 +66,7 @@ local APPLIED = '>I4c12BB'
 local FORMER, FORMER_BYTES = '>c32I7I6B', 46     -- digest, moment us, grace end ms, what it may
 local NOTHING, COMMIT, ALL = 0, 1, 2             -- under a former digest: nothing goes any more, who was open
                                                  -- before may commit, all goes until the grace ends
-local PENDING = '>c32I6'                         -- digest offered and not yet presented, moment ms
+local PENDING, PENDING_BYTES = '>c32I6', 38      -- digest offered and not yet presented, moment ms
 local NONE = ('\0'):rep(8)
 local RING, RING_HEAD = '>I7I7B', 15                -- floor us, last halving us, ids from before it
 local TRANSIT = 20000                            -- microseconds by which two calls' transits may differ
@@ -101,6 +101,11 @@ if identity then
     local more = redis.call('HMGET', session, '@f', '@c', '@e', '@p', '@l', '@x', '@n')
     formers, cleared, own_lifetime = more[1] or '', more[2], more[3]
     principal, label, deadlines, pending = more[4], more[5], more[6], more[7]
+    -- With a lifetime below zero the TTL would end what is to be kept.
+    if own_lifetime and (not own_lifetime:find('^[1-9]%d*$') or #own_lifetime > 14)
+        or pending and #pending ~= PENDING_BYTES then
+      return answer('corrupt')
+    end
   end
 end
 

@@ -34,7 +34,7 @@ local offer = ARGV[8]
 
 local FORMAT = 1
 local IDENTITY, IDENTITY_BYTES = '>Bc32I6I6', 45
-local PENDING = '>c32I6'
+local PENDING, PENDING_BYTES = '>c32I6', 38
 local COMMIT, ALL = 1, 2
 local STATE, STATE_BYTES = '>I4c8I7I6I6I4BBI4', 41
 local FORMER, FORMER_BYTES = '>c32I7I6B', 46
@@ -68,6 +68,10 @@ if rare == 1 then
   local more = redis.call('HMGET', session, '@f', '@e', '@p', '@l', '@x', '@n')
   formers, own_lifetime, principal, label, deadlines = more[1] or '', more[2], more[3], more[4], more[5]
   pending = more[6]
+  if own_lifetime and (not own_lifetime:find('^[1-9]%d*$') or #own_lifetime > 14)
+      or pending and #pending ~= PENDING_BYTES then
+    return answer('corrupt')
+  end
 end
 
 -- Equality of SHA-256 values tells nothing about secrets by its time.

@@ -18,6 +18,8 @@ FORMAT = 1
 
 _IDENTITY_BYTES = 45
 _STATE_BYTES = 41
+# Of the longest lifetime, milliseconds; the scripts have the same bound.
+_LIFETIME_DIGITS = 14
 _NONE: Mapping[bytes, int] = MappingProxyType({})
 
 
@@ -149,13 +151,19 @@ def _extras(
 ) -> tuple[int | None, str | None, str | None, dict[bytes, int]]:
     try:
         return (
-            None if lifetime is None else int(lifetime),
+            None if lifetime is None else _lifetime(lifetime),
             _text(principal),
             _text(label),
             _unpack_deadlines(deadlines or b""),
         )
     except ValueError as error:
         raise CorruptSession("the metadata of the session does not decode") from error
+
+
+def _lifetime(raw: bytes) -> int:
+    if not raw.isdigit() or raw[:1] == b"0" or len(raw) > _LIFETIME_DIGITS:
+        raise ValueError("a lifetime is a positive number of milliseconds")
+    return int(raw)
 
 
 def _unpack_deadlines(packed: bytes) -> dict[bytes, int]:

@@ -79,14 +79,14 @@ MUTATIONS = (
     Mutation(
         "digest",
         "commit",
-        "if digest ~= '' and digest ~= current_digest then",
+        "if digest ~= '' and not is_current and not promoted then",
         "if false then",
         ("test_interleavings.py::test_three_requests_and_an_end[rotate_and_drop-count-set_k]",),
     ),
     Mutation(
         "former digest",
         "commit",
-        "if before == 1 and may_commit == 1 and new_digest == '' then",
+        "if may == ALL or before == 1 and may == COMMIT and new_digest == '' then",
         "if false then",
         ("test_interleavings.py::test_three_requests_and_an_end[set_k-rotate-count]",),
     ),
@@ -100,15 +100,15 @@ MUTATIONS = (
     Mutation(
         "a rotation that drops what is open",
         "commit",
-        "if before == 1 and may_commit == 1 and new_digest == '' then",
-        "if before == 1 and new_digest == '' then",
+        "if may == ALL or before == 1 and may == COMMIT and new_digest == '' then",
+        "if may == ALL or before == 1 and new_digest == '' then",
         ("test_interleavings.py::test_three_requests_and_an_end[rotate_and_drop-count-set_k]",),
     ),
     Mutation(
         "a rotation under a former digest",
         "commit",
-        "if before == 1 and may_commit == 1 and new_digest == '' then",
-        "if before == 1 and may_commit == 1 then",
+        "if may == ALL or before == 1 and may == COMMIT and new_digest == '' then",
+        "if may == ALL or before == 1 and may == COMMIT then",
         ("test_interleavings.py::test_three_requests_and_an_end[rotate-rotate-set_k]",),
     ),
     Mutation(
@@ -308,6 +308,20 @@ MUTATIONS = (
         "(former == digest and now < grace_end)",
         "former == digest",
         ("test_g8_grace.py::test_after_the_grace_a_former_secret_is_none[valkey-9.1-destroy]",),
+    ),
+    Mutation(
+        "form of a stored lifetime",
+        "commit",
+        "if own_lifetime and (not own_lifetime:find('^[1-9]%d*$') or #own_lifetime > 14) then",
+        "if false then",
+        ("test_fuzz.py::test_a_stored_lifetime_that_is_none[json-write--5]",),
+    ),
+    Mutation(
+        "form of a stored lifetime met by a load",
+        "load",
+        "if own_lifetime and (not own_lifetime:find('^[1-9]%d*$') or #own_lifetime > 14) then",
+        "if false then",
+        ("test_fuzz.py::test_a_stored_lifetime_that_is_none[json-see--5]",),
     ),
     Mutation(
         "log-out sent again",

@@ -64,6 +64,7 @@ def create_app() -> Flask:
         return str(value)
 
     add_increments(app)
+    add_principals(app)
 
     @app.route("/stats")
     def stats() -> dict[str, int]:
@@ -79,6 +80,20 @@ def create_app() -> Flask:
         return {"pid": os.getpid(), "session": dict(session), "version": session.version}
 
     return app
+
+
+def add_principals(app: Flask) -> None:
+    """Add a log-in, and log out everywhere."""
+
+    @app.route("/login/<user>")
+    def login(user: str) -> str:
+        session["user"] = session.principal = user
+        session.regenerate()
+        return "ok"
+
+    @app.route("/revoke/<user>")
+    def revoke(user: str) -> str:
+        return str(app.extensions["luasession"].revoke_all(user))
 
 
 def add_increments(app: Flask) -> None:
