@@ -22,7 +22,7 @@ from luasession.servers import Sentinels
 
 from .conftest import TestApp
 from .servers import SentinelTopology, Server, eventually, free_port
-from .test_topologies import SENTINELS, close, connections, remember_reasons
+from .test_topologies import SENTINELS, at_once, close, connections, remember_reasons  # noqa: F401 - a fixture
 
 Topologies = Callable[[str], SentinelTopology]
 
@@ -86,6 +86,7 @@ def test_a_wrong_url(rest: str, why: str) -> None:
     assert "hunter2" not in message
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_database_and_passwords(sentinels: Topologies) -> None:
     """The URL's database is used, its credentials go to the servers, the sentinels' own to the sentinels."""
     topology = sentinels("valkey-9.1")
@@ -130,6 +131,7 @@ def test_sentinels_that_are_down(sentinels: Topologies) -> None:
     assert all(f"{address}: ConnectionError" in reasons[0] for address in dead.split(","))
 
 
+@pytest.mark.usefixtures("at_once")
 def test_an_unknown_service(sentinels: Topologies) -> None:
     """A service that no sentinel knows is told at once, in the sentinels' words."""
     topology = sentinels("valkey-9.1")
@@ -159,12 +161,8 @@ class Fake(Connections):
         if isinstance(self.state, Exception):
             raise self.state
         flat = [item for pair in self.state.items() for item in pair]
-        assert [accept(reply) for reply in (self.state, flat, [b"name", b"other"], b"OK")] == [
-            True,
-            True,
-            False,
-            False,
-        ]
+        foreign = [{**self.state, b"name": b"other"}, [b"name", b"main"], b"OK"]
+        assert [accept(reply) for reply in (self.state, flat, *foreign)] == [True, True, False, False, False]
         return 0, flat
 
     def drop(self) -> None:

@@ -20,7 +20,7 @@ from flask import session
 from redis.cluster import LoadBalancingStrategy
 
 from luasession import ConfigurationError
-from luasession.client import connect
+from luasession.client import Patience, connect
 from luasession.config import Config
 from luasession.connections import Connections
 
@@ -222,6 +222,9 @@ def test_a_lost_reply_is_one_commit(make_app: MakeApp, monkeypatch: pytest.Monke
     monkeypatch.setattr(found, "_exchange", lossy)
     browser.run(lambda: session["log"].append("once"))
     assert len(sent) == 3
+    # Microseconds since the first sending: by them the script tells a commit that it no longer knows from a new one.
+    resends = [int.from_bytes(words[6][7:14]) for words in sent[1:]]
+    assert resends[0] == 0 < resends[1]
     assert browser.twin(app.another()).run(lambda: (session["log"], session.version)) == (["once"], 2)
 
 
@@ -258,6 +261,16 @@ def test_replicas_acknowledge(topology: Topology, make_app: MakeApp) -> None:
     topology.settle()
     assert reasons == ["0 of 1 replicas acknowledged within 10 ms"] * 2
     app.browser().run(lambda: session.update(n=1))
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a request that waits for a server fail."""
+
+    def wait(*_: Any) -> None:
+        raise AssertionError("this does not pass by itself")
+
+    monkeypatch.setattr(Patience, "wait", wait)
 
 
 def remember_reasons(app: TestApp, reasons: list[str]) -> None:
