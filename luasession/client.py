@@ -227,12 +227,11 @@ def _cluster_of(client: Any, seconds: float) -> Cluster:
     nodes = [*manager.nodes_cache.values(), *manager.startup_nodes.values()]
     make = getattr(manager, "create_redis_node", None) or manager.create_valkey_node
     with make(nodes[0].host, nodes[0].port, **manager.connection_kwargs) as one:
-        # Its hook makes a connection read from replicas, which would answer what is old. What the app
-        # itself hooked in stays.
-        names = ("redis_connect_func", "valkey_connect_func")
         recipe = Recipe.of(one.connection_pool)
-        hook = next(name for name in names if name in recipe.settings)
-        recipe = recipe.without(*names, "oss_cluster_maint_notifications_handler")
+    # Its hook makes a connection read from replicas, which would answer what is old. What the app itself
+    # hooked in stays.
+    hook = "valkey_connect_func" if "valkey_connect_func" in recipe.settings else "redis_connect_func"
+    recipe = recipe.without(hook, "oss_cluster_maint_notifications_handler")
     if client.user_on_connect_func is not None:
         recipe = recipe._replace(settings={**recipe.settings, hook: partial(_prepare, client)})
     return Cluster(

@@ -83,13 +83,17 @@ class Connections:
         self.clock_offset: int | None = None
 
     def __str__(self) -> str:
-        settings = self._recipe.settings
-        return settings.get("path") or f"{settings.get('host', 'localhost')}:{settings.get('port', 6379)}"
+        return self._recipe.settings.get("path") or f"{self.host}:{self.port}"
 
     @property
     def host(self) -> str:
         """The host, as it was given."""
         return str(self._recipe.settings.get("host", "localhost"))
+
+    @property
+    def port(self) -> int:
+        """The port."""
+        return int(self._recipe.settings.get("port", 6379))
 
     # -- the only server there is ---------------------------------------------
 

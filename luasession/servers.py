@@ -24,6 +24,9 @@ Address: TypeAlias = tuple[str, int]
 _SLOTS = 16384
 # Seconds within which one MOVED is a slot's own business; after that the whole map is asked for.
 _SETTLED = 1.0
+# Seconds that the sentinels' word is taken for. A failover that was asked for leaves the old primary
+# taking writes, all of them lost, for some ten seconds more, and breaks no connection meanwhile.
+_TRUST = 1.0
 
 
 class Servers(Protocol):
@@ -45,8 +48,9 @@ class Servers(Protocol):
 class Sentinels:
     """The primary of one service, as sentinels name it.
 
-    Whenever a call fails in a way that may come from a failover they are asked
-    again; as long as they name the same server its connections stay.
+    They are asked again once a second, and whenever a call fails in a way that
+    may come from a failover; as long as they name the same server its connections
+    stay.
 
     :param sentinels: connections to each.
     :param service: the name of the service.
@@ -71,6 +75,7 @@ class Sentinels:
         self._first = self._sentinels[0]
         self._last: tuple[Address, Connections] | None = None
         self._sure = False
+        self._due = 0.0
 
     def of(self, _key: bytes) -> Connections:
         """Return the connections to the primary.
@@ -78,7 +83,17 @@ class Sentinels:
         :raise Nowhere: if no sentinel names one.
         """
         last = self._last
-        return last[1] if self._sure and last is not None else self._find()
+        if last is None or not self._sure:
+            return self._find()
+        now = time.monotonic()
+        if now < self._due:
+            return last[1]
+        # One request asks, and if nobody answers, no other one for a while: the primary may be well.
+        self._due = now + 10 * _TRUST
+        try:
+            return self._find()
+        except Nowhere:
+            return last[1]
 
     def known(self, _key: bytes) -> Connections | None:
         """Return the connections to the primary, if it was found before."""
@@ -127,6 +142,7 @@ class Sentinels:
                 last[1].drop()
             last = self._last = (address, self._make(*address))
         self._sure = True
+        self._due = time.monotonic() + _TRUST
         return last[1]
 
     def _is_state(self, reply: Any) -> bool:

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import pytest
 import redis
+import valkey.cluster
 from flask import session
 from redis.crc import key_slot
 
@@ -22,7 +23,7 @@ from luasession.servers import Cluster
 
 from .conftest import GUARANTEED, Browser, TestApp
 from .servers import ClusterTopology, Server, eventually
-from .test_topologies import connections, remember_reasons
+from .test_topologies import CLUSTERS, at_once, close, connections, remember_reasons  # noqa: F401 - a fixture
 
 Clusters = Callable[[str], ClusterTopology]
 
@@ -112,6 +113,7 @@ def test_credentials_and_names_of_servers() -> None:
     assert "hunter2" not in reason
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_server_that_is_no_cluster(valkey: Server) -> None:
     """A single server under a cluster's URL is told at once, in its own words."""
     app = TestApp(
@@ -123,6 +125,7 @@ def test_a_server_that_is_no_cluster(valkey: Server) -> None:
     assert "cluster support disabled" in reasons[0]
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_password(clusters: Clusters) -> None:
     """Credentials of the URL go to every node."""
     cluster = clusters("valkey-9.1")
@@ -265,6 +268,48 @@ def test_a_slot_moves_under_a_session(any_cluster: ClusterTopology, monkeypatch:
     # Seen from anew, by a process that knows nothing of the move.
     codes.clear()
     assert browser.twin(app.another()).run(lambda: session.version) == version
+
+
+@pytest.mark.parametrize("library", ["redis-py decoding, from replicas", "valkey-py decoding, from replicas"])
+def test_a_replica_is_never_read(clusters: Clusters, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    """A client that reads from replicas does not here: a server that has become one sends to the primary."""
+    cluster = clusters("valkey-9.1")
+    codes = codes_heard(monkeypatch)
+    config = CLUSTERS[library](cluster)
+    app = app_on(cluster, SESSION_CACHE_TTL=None, **config)
+    browser = app.browser()
+    browser.run(lambda: session.update(n=1))
+    key = key_of(app, browser)
+    primary = cluster.owner(key)
+    with primary.client() as client:
+        replica = client.info("replication")["slave0"]["port"]
+    known = app.flask.session_interface._store._client._connections  # type: ignore[attr-defined]
+    known._owners[key_slot(key)] = known._nodes["127.0.0.1", replica]
+    assert browser.run(see) == {"n": 1}
+    assert codes == ["MOVED"]
+    close(config)
+
+
+@pytest.mark.parametrize("library", ["redis-py", "valkey-py"])
+def test_a_hook_of_the_app(clusters: Clusters, library: str) -> None:
+    """What an app has done with each new connection of its cluster's client is done with luasession's."""
+    cluster = clusters("valkey-9.1")
+    seen: list[Any] = []
+    port = cluster.servers[0].port
+    client: Any = (
+        redis.RedisCluster("127.0.0.1", port, redis_connect_func=seen.append)
+        if library == "redis-py"
+        else valkey.cluster.ValkeyCluster("127.0.0.1", port, valkey_connect_func=seen.append)
+    )
+    app = app_on(cluster, SESSION_REDIS=client)
+    seen.clear()
+    browser = app.browser()
+    browser.run(lambda: session.update(n=1))
+    taken_from = connections(app, browser)
+    connection = taken_from.take()
+    taken_from.give(connection)
+    assert connection in seen
+    client.close()
 
 
 def test_a_slot_moves_under_load(clusters: Clusters, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -16,6 +20,8 @@ from flask import session
 from redis.cluster import LoadBalancingStrategy
 
 from luasession import ConfigurationError
+from luasession.client import Patience, connect
+from luasession.config import Config
 from luasession.connections import Connections
 
 from .conftest import GUARANTEED, Browser, MakeApp, TestApp
@@ -24,9 +30,13 @@ from .servers import ClusterTopology, SentinelTopology
 # The fixtures below stand in for the ones of the same names that these tests were written for.
 from .test_g1_disjoint_keys import *  # noqa: F403
 from .test_g2_readers_never_write import *  # noqa: F403
+from .test_g3_same_key import *  # noqa: F403
 from .test_g4_atomic_repeatable import *  # noqa: F403
 from .test_g5_versions import *  # noqa: F403
+from .test_g7_dead_stays_dead import *  # noqa: F403
 from .test_g8_grace import *  # noqa: F403
+from .test_g9_read_your_writes import *  # noqa: F403
+from .test_store import FORK_BOTH, PRELUDE, VIEWS
 
 Topology = Any
 
@@ -212,6 +222,9 @@ def test_a_lost_reply_is_one_commit(make_app: MakeApp, monkeypatch: pytest.Monke
     monkeypatch.setattr(found, "_exchange", lossy)
     browser.run(lambda: session["log"].append("once"))
     assert len(sent) == 3
+    # Microseconds since the first sending: by them the script tells a commit that it no longer knows from a new one.
+    resends = [int.from_bytes(words[6][7:14]) for words in sent[1:]]
+    assert resends[0] == 0 < resends[1]
     assert browser.twin(app.another()).run(lambda: (session["log"], session.version)) == (["once"], 2)
 
 
@@ -250,6 +263,16 @@ def test_replicas_acknowledge(topology: Topology, make_app: MakeApp) -> None:
     app.browser().run(lambda: session.update(n=1))
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a request that waits for a server fail."""
+
+    def wait(*_: Any) -> None:
+        raise AssertionError("this does not pass by itself")
+
+    monkeypatch.setattr(Patience, "wait", wait)
+
+
 def remember_reasons(app: TestApp, reasons: list[str]) -> None:
     """Keep what each 503 was for."""
     from luasession import SessionUnavailable
@@ -259,6 +282,58 @@ def remember_reasons(app: TestApp, reasons: list[str]) -> None:
         return "unavailable", 503
 
     app.flask.register_error_handler(SessionUnavailable, answer)
+
+
+# Processes.
+
+
+FORKED = """
+import redis
+if sys.argv[3] == "cluster":
+    app.config["SESSION_REDIS"] = redis.RedisCluster.from_url("redis://" + url.partition("://")[2].partition(",")[0])
+elif sys.argv[3] == "sentinel":
+    addresses = [each.split(":") for each in url.partition("://")[2].partition("/")[0].split(",")]
+    app.config["SESSION_REDIS"] = redis.Sentinel(addresses).master_for("main")
+"""
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_parent_and_children(topology: Topology, tmp_path: Path, ready: bool) -> None:
+    """A process and its forked children use sessions at the same time, each by connections of its own."""
+    program = tmp_path / "forked.py"
+    program.write_text(PRELUDE + FORKED + VIEWS + FORK_BOTH)
+    kind = ("cluster" if hasattr(topology, "owner") else "sentinel") if ready else "none"
+    done = subprocess.run(
+        [sys.executable, str(program), topology.url, f"t{uuid4().hex[:8]}:", kind],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
+
+
+def test_tls() -> None:
+    """``rediss+`` makes TLS connections, with the URL's certificates, to servers and sentinels alike."""
+    url = "rediss+{}://me:secret@127.0.0.1:1{}?ssl_ca_certs=/ca.pem&sentinel_ssl_ca_certs=/other.pem"
+    cluster: Any = connect(Config(redis_url=url.format("cluster", "").partition("&")[0]), "test")._connections
+    sentinels: Any = connect(Config(redis_url=url.format("sentinel", "/main/3")), "test")._connections
+    [node] = cluster._nodes.values()
+    [sentinel] = sentinels._sentinels
+    server = sentinels._make("127.0.0.1", 2)
+    for each, user, authority in [
+        (node, "me", "/ca.pem"),
+        (sentinel, None, "/other.pem"),
+        (server, "me", "/ca.pem"),
+    ]:
+        connection = each._recipe.kind(**each._recipe.settings)
+        assert isinstance(connection, redis.connection.SSLConnection)
+        assert connection.ca_certs == authority
+        assert connection.username == user
+        assert connection.retry._retries == 0
+        assert connection.socket_timeout == 1
+    assert server._recipe.settings["db"] == 3
 
 
 # No cross-talk.
