@@ -76,7 +76,12 @@ class LuaSessionInterface(SessionInterface):
             # Out of here an exception would pass by the app's handlers for its class. One that none of
             # them answers is raised again, and Flask makes a 500 of it.
             _replace(response, app.make_response(app.handle_user_exception(error)))
-        if self._write_cookies(app, session, response) or session.accessed:
+        wrote = self._write_cookies(app, session, response)
+        if wrote and "Cache-Control" not in response.headers:
+            # A cache between us and the browser would hand one visitor's id to the next (OWASP, "Web Content
+            # Caching"), and some such caches do not heed Vary. An app that says what it wants is heeded.
+            response.headers.add("Cache-Control", "private")
+        if wrote or session.accessed:
             if response.headers.getlist("Vary"):
                 response.vary.add("Cookie")
             else:

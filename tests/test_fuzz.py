@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -122,9 +123,16 @@ def server() -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="module", params=SERIALIZERS)
+@pytest.fixture(scope="module", params=[*SERIALIZERS, "encrypted"])
 def target(request: pytest.FixtureRequest, server: Server) -> Target:
-    return Target(server, request.param, SESSION_CACHE_TTL=None)
+    if request.param != "encrypted":
+        return Target(server, request.param, SESSION_CACHE_TTL=None)
+    target = Target(
+        server, "json", SESSION_CACHE_TTL=None, SESSION_ENCRYPTION_KEYS="k" * 32, SESSION_RENEW_AFTER=3600
+    )
+    # A renewal is under way, too: a digest that was offered, and when.
+    target.whole[b"@n"] = bytes(range(32)) + (time.time_ns() // 1_000_000).to_bytes(6)
+    return target
 
 
 # -- cookies ------------------------------------------------------------------------------------------

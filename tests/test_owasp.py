@@ -11,6 +11,7 @@ import ast
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flask import session
@@ -71,12 +72,25 @@ ROWS = (
     Row(
         "Renew the Session ID After Any Privilege Level Change",
         "7.2.4",
-        "`session.regenerate()`, to be called at log-in: the old id reads and writes nothing from then on",
+        "`session.regenerate()`, called at log-in and log-out by itself with Flask-Login: the old id reads and"
+        " writes nothing from then on",
         (
+            "test_login::test_a_log_in_rotates_and_sets_the_principal",
             "test_fixation::test_log_in_then_attack",
             "test_fixation::test_attack_opens_then_log_in_then_attack_goes_on",
             "test_fixation::test_warm_elsewhere_then_log_in_then_attack",
             "test_late_answers::test_who_logs_in_ends_logged_in",
+        ),
+    ),
+    Row(
+        "Renewal Timeout",
+        "",
+        "`SESSION_RENEW_AFTER`, off unless set; in two phases, so that a lost answer logs nobody out",
+        (
+            "test_renewal::test_a_due_id_is_renewed",
+            "test_renewal::test_the_old_id_is_in_force_for_the_grace",
+            "test_renewal::test_in_every_order_the_browser_stays_logged_in",
+            "test_renewal::test_a_rotation_ends_what_a_renewal_left_in_force",
         ),
     ),
     Row(
@@ -129,6 +143,16 @@ ROWS = (
         ("test_stolen_store::test_nothing_that_is_stored_opens_a_session",),
     ),
     Row(
+        "Session ID Content (or Value): encrypt what is sensitive",
+        "14.2.4",
+        "`SESSION_ENCRYPTION_KEYS`: values are sealed with AES-256-GCM, bound to session and key",
+        (
+            "test_encryption::test_no_value_is_stored_in_the_clear",
+            "test_encryption::test_a_value_moved_to_another_session_reads_as_missing",
+            "test_encryption::test_keys_are_changed_in_use",
+        ),
+    ),
+    Row(
         "Used vs. Accepted Session ID Exchange Mechanisms",
         "14.2.1",
         "the id counts in its cookie only, never in a URL, a form or another header",
@@ -149,8 +173,9 @@ ROWS = (
     Row(
         "Web Content Caching",
         "14.3.2",
-        "`Vary: Cookie` whenever the session was used or a cookie is set; `Cache-Control` is left to the app",
-        ("test_flask::test_vary_and_accessed", "test_owasp::test_what_flask_leaves_to_you"),
+        "`Vary: Cookie` whenever the session was used or a cookie is set; with a cookie also"
+        " `Cache-Control: private`, unless the app sends its own",
+        ("test_flask::test_vary_and_accessed", "test_owasp::test_no_shared_cache_keeps_a_cookie"),
     ),
 )
 
@@ -190,7 +215,7 @@ def test_the_table_in_the_readme() -> None:
 
 
 def test_what_flask_leaves_to_you(make_valkey_app: MakeApp) -> None:
-    """By default: HttpOnly and Vary, and neither Secure, SameSite nor Cache-Control; with the settings, all cookies."""
+    """By default: HttpOnly and Vary, and neither Secure nor SameSite; with the settings, all cookies have them."""
     browser = make_valkey_app().browser()
     browser.run(lambda: session.update(a=1))
     assert browser.response is not None
@@ -199,7 +224,6 @@ def test_what_flask_leaves_to_you(make_valkey_app: MakeApp) -> None:
         assert "; Secure" not in line
         assert "SameSite" not in line
     assert browser.response.headers["Vary"] == "Cookie"
-    assert "Cache-Control" not in browser.response.headers
     safe = make_valkey_app(
         SESSION_COOKIE_SECURE=True, SESSION_COOKIE_SAMESITE="Lax", SESSION_COOKIE_NAME="__Host-session"
     ).browser()
@@ -211,6 +235,32 @@ def test_what_flask_leaves_to_you(make_valkey_app: MakeApp) -> None:
         assert "; SameSite=Lax" in line
         assert "; Path=/" in line
         assert "Domain" not in line
+
+
+def test_no_shared_cache_keeps_a_cookie(make_valkey_app: MakeApp) -> None:
+    """An answer that sets or deletes a cookie is private, unless the app says otherwise; others are left alone."""
+    app = make_valkey_app()
+    browser = app.browser()
+
+    def sent() -> list[str]:
+        assert browser.response is not None
+        return browser.response.headers.getlist("Cache-Control")
+
+    browser.run(lambda: session.get("a"))
+    assert sent() == []
+    browser.run(lambda: session.update(a=1))
+    assert sent() == ["private"]
+    browser.run(lambda: session.get("a"))
+    assert sent() == []
+
+    def own() -> Any:
+        session["a"] = 2
+        return app.flask.response_class("x", headers={"Cache-Control": "no-store"})
+
+    browser.run(own)
+    assert sent() == ["no-store"]
+    browser.run(lambda: session.clear())
+    assert sent() == ["private"]
 
 
 if __name__ == "__main__":
