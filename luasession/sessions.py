@@ -18,10 +18,10 @@ from .ids import is_handle
 if TYPE_CHECKING:
     from flask import Flask
 
+    from .calls import Caller
     from .interface import LuaSessionInterface
     from .session import LuaSession
     from .snapshot import Snapshot
-    from .store import Caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +66,16 @@ class Sessions:
         """
         caller = self._caller(principal)
         found, stale = [], []
-        for entry in self._store.entries(principal, caller):
+        for entry in self._store.index.entries(principal, caller):
             try:
-                snapshot = self._store.owned(principal, entry.handle, caller)
+                snapshot = self._store.index.owned(principal, entry.handle, caller)
             except CorruptSession:
                 continue
             if snapshot is not None:
                 found.append(_info(entry.handle, snapshot))
             else:
                 stale.append(entry.handle)
-        self._store.leave(principal, stale, caller)
+        self._store.index.leave(principal, stale, caller)
         return found
 
     def revoke(self, handle: str) -> bool:
@@ -110,17 +110,17 @@ class Sessions:
         caller = self._caller(principal)
         done = []
         count = 0
-        for entry in self._store.entries(principal, caller):
+        for entry in self._store.index.entries(principal, caller):
             if entry.handle == keep:
                 continue
             # What is young may belong to a log-in that has not said so yet: it ends whatever it says.
-            young = self._store.is_young(entry)
+            young = self._store.index.is_young(entry)
             owner = None if young else principal
             if self._store.destroy(entry.handle, b"", caller, principal=owner, always=young):
                 count += 1
                 self._ended(entry.handle)
             done.append(entry.handle)
-        self._store.leave(principal, done, caller)
+        self._store.index.leave(principal, done, caller)
         return count
 
     @contextmanager

@@ -1,34 +1,29 @@
 """The store: sessions in Redis, each call sent, proven and made a result.
 
-Nothing else in luasession talks to Redis. Replies of the scripts become
-results and exceptions here and nowhere else; a snapshot that was loaded or
-made by a commit goes into the cache of the process on its way.
+Replies of the scripts become results and exceptions here; a snapshot that was
+loaded or made by a commit goes into the cache of the process on its way.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
-import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from threading import Lock
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from .cache import SnapshotCache
-from .client import Client, Patience, connect
+from .calls import Caller, Calls
+from .client import Patience
 from .clock import now_ns
 from .config import Config
-from .connections import Connections
 from .delta import Change, Delta
 from .errors import CorruptSession, SessionTooLarge, SessionUnavailable
 from .ids import SessionId, new_write_id, same_digest
+from .index import PrincipalIndex
 from .outcome import Applied, Conflicting, Loaded, Refused, Standing
 from .packing import pack_change, pack_delta, pack_offer
-from .scripts import Code, script
+from .scripts import Code
 from .snapshot import Snapshot, read_changes, read_hash
 from .stats import Stats
 from .vault import Vault
@@ -36,40 +31,15 @@ from .vault import Vault
 _NOTHING: Mapping[bytes, bytes | None] = MappingProxyType({})
 # Milliseconds between two touches by those who do not use a session.
 _NEVER = 1 << 47
-# Microseconds that the scripts can be told.
-_LONGEST = (1 << 56) - 1
-# Entries of an index that are looked at when another one is entered.
-_STALE_AT_ONCE = 8
-
-
-class Caller(NamedTuple):
-    """The request behind a call."""
-
-    #: The monotonic nanosecond at which it opened its session.
-    opened: int
-    #: Idle lifetime, in milliseconds, of sessions that have none of their own.
-    lifetime_ms: int
-    patience: Patience
-    #: Whether what it does is use, which keeps a session alive.
-    uses: bool = True
-
-
-class Entry(NamedTuple):
-    """A session in its principal's index."""
-
-    handle: str
-    #: Milliseconds since it was entered.
-    age_ms: int
 
 
 class _Process:
     """What belongs to one process: a fork starts afresh with its own."""
 
-    def __init__(self, config: Config) -> None:
-        self.lock = Lock()
-        self.client: Client | None = None
-        self.cache = SnapshotCache(config.cache_bytes)
+    def __init__(self, config: Config, name: str) -> None:
         self.stats = Stats()
+        self.calls = Calls(config, name, self.stats)
+        self.cache = SnapshotCache(config.cache_bytes)
 
 
 class Store:
@@ -81,17 +51,13 @@ class Store:
     def __init__(self, config: Config, name: str) -> None:
         self._config = config
         self._name = name
-        self._here = _Process(config)
+        self._here = _Process(config, name)
         # What another thread held while it forked, a lock or half a conversation with Redis, is never
         # touched in the child. The hook holds the store weakly, as there is no way to take it back.
         os.register_at_fork(after_in_child=_starter_afresh(weakref.ref(self)))
-        # A request lasts no longer once it waits for Redis, so that by twice that its log-in is through.
-        self._youth_ms = math.ceil(config.redis_deadline * 2000)
-        replicas = config.wait_replicas
         # What commit.lua is told each time.
         absolute_ms = config.absolute_ms or 0
         self._limits = absolute_ms.to_bytes(6) + config.grace_ms.to_bytes(6) + config.max_bytes.to_bytes(4)
-        self._wait = (replicas, config.wait_timeout_ms) if replicas else None
         self._vault = Vault(config.encryption_keys) if config.encryption_keys else None
 
     # -- reading ------------------------------------------------------------
@@ -150,11 +116,7 @@ class Store:
     def _read_whole(self, session_id: SessionId, caller: Caller) -> Snapshot | None:
         # A plain HGETALL: Lua builds the same reply at several times the server's CPU. It proves itself
         # by the digest in it; without that it proves nothing, and load.lua is asked (G16).
-        key = self._key(session_id.handle)
-        words = (b"HGETALL", key)
-        sent, reply, _server = self._client.call(lambda *_: words, _is_hash, caller.patience, None, key)
-        if not isinstance(reply, dict):
-            reply = _paired(reply)
+        sent, reply = self.calls.whole(session_id.handle, caller)
         identity = reply.get(b"@i")
         if identity is None or not same_digest(identity[1:33], session_id.digest):
             return None
@@ -186,8 +148,8 @@ class Store:
                 offered,
             )
 
-        sent, (code, _id, _now, *rest) = self._run(
-            "load", session_id.handle, new_write_id(), caller, arguments
+        sent, (code, _id, _now, *rest) = self.calls.run(
+            "load", session_id.handle, new_write_id(), caller, arguments, writes=False
         )
         if code not in _SNAPSHOTS:
             here.stats.add("loads")
@@ -286,9 +248,7 @@ class Store:
 
         here = self._here
         try:
-            sent, (code, _id, now_us, *rest) = self._run(
-                "commit", handle, write_id, caller, arguments, self._wait
-            )
+            sent, (code, _id, now_us, *rest) = self.calls.run("commit", handle, write_id, caller, arguments)
         except SessionUnavailable:
             # It may have been applied all the same: what is held here may be of before it.
             here.cache.drop(handle)
@@ -378,87 +338,25 @@ class Store:
         def arguments(_age: int, resend: int) -> tuple[bytes, ...]:
             return (digest, b"%d" % resend, b"%d" % self._config.grace_ms, wanted, b"%d" % always)
 
-        _sent, (code, *_) = self._run("destroy", handle, new_write_id(), caller, arguments, self._wait)
+        _sent, (code, *_) = self.calls.run("destroy", handle, new_write_id(), caller, arguments)
         self._here.cache.drop(handle)
         return bool(code == Code.DESTROYED)
-
-    # -- the index of a principal ---------------------------------------------
-
-    def enter(self, principal: str, handle: str, caller: Caller) -> None:
-        """Enter a session into its principal's index, before the session says so.
-
-        What expired without a log-out is looked for among the oldest entries, and taken out.
-
-        :raise SessionUnavailable: if Redis does not answer within the deadline.
-        """
-        entries = self._index(principal, caller, entered=handle, most=_STALE_AT_ONCE)
-        oldest = [entry.handle for entry in entries if entry.age_ms > caller.lifetime_ms]
-        with suppress(SessionUnavailable, CorruptSession):  # it stays, and the next log-in looks again
-            self.leave(
-                principal, [handle for handle in oldest if not self.owned(principal, handle, caller)], caller
-            )
-
-    def leave(self, principal: str, handles: Sequence[str], caller: Caller) -> None:
-        """Take entries out of a principal's index, save young ones.
-
-        :raise SessionUnavailable: if Redis does not answer within the deadline.
-        """
-        if handles:
-            self._index(principal, caller, taken_out=handles, most=0)
-
-    def entries(self, principal: str, caller: Caller) -> list[Entry]:
-        """Return a principal's index, the oldest entry first.
-
-        :raise SessionUnavailable: if Redis does not answer within the deadline.
-        """
-        return self._index(principal, caller)
-
-    def owned(self, principal: str, handle: str, caller: Caller) -> Snapshot | None:
-        """Return a session if it is there and says that it is the principal's.
-
-        :raise SessionUnavailable: if Redis does not answer within the deadline.
-        """
-        snapshot = self.load(SessionId.without_secret(handle), caller).snapshot
-        return snapshot if snapshot is not None and snapshot.principal == principal else None
-
-    def is_young(self, entry: Entry) -> bool:
-        """Whether the log-in behind an entry may still be on its way."""
-        return entry.age_ms < self._youth_ms
-
-    def _index(
-        self,
-        principal: str,
-        caller: Caller,
-        *,
-        entered: str = "",
-        taken_out: Sequence[str] = (),
-        most: int = -1,
-    ) -> list[Entry]:
-        digest = hashlib.sha256(principal.encode("utf-8", "surrogatepass")).hexdigest()
-        absolute_ms = self._config.absolute_ms or 0
-        packed = (
-            entered.encode(),
-            b"%d" % self._youth_ms,
-            b"%d" % (absolute_ms + self._youth_ms if absolute_ms else 0),
-            b"%d" % most,
-            "".join(taken_out).encode(),
-        )
-        _sent, (_code, _id, now_us, *items) = self._run(
-            "index", f"principal:{digest}", new_write_id(), caller, lambda _age, _resend: packed, self._wait
-        )
-        now_ms = int.from_bytes(now_us) // 1000
-        pairs = zip(items[::2], items[1::2], strict=True)
-        return [Entry(handle.decode(), max(now_ms - int(float(moment)), 0)) for handle, moment in pairs]
 
     # -- the process --------------------------------------------------------
 
     def now_ms(self, handle: str) -> int:
         """Return the clock of a session's server in milliseconds, as last seen and counted on."""
-        client = self._here.client
-        server = None if client is None else client.known(self._key(handle))
-        if server is None or server.clock_offset is None:
-            return time.time_ns() // 1_000_000
-        return (now_ns() // 1000 + server.clock_offset) // 1000
+        return self.calls.now_ms(handle)
+
+    @property
+    def calls(self) -> Calls:
+        """The calls of this process."""
+        return self._here.calls
+
+    @property
+    def index(self) -> PrincipalIndex:
+        """The index of principals."""
+        return PrincipalIndex(self._config, self)
 
     @property
     def stats(self) -> Stats:
@@ -471,73 +369,11 @@ class Store:
 
     def start_afresh(self) -> None:
         """Forget connections, cache and counters, as in the child of a fork."""
-        self._here = _Process(self._config)
-
-    @property
-    def _client(self) -> Client:
-        here = self._here
-        if here.client is None:
-            client = connect(self._config, self._name, self._warm_up)
-            with here.lock:
-                if here.client is None:
-                    here.client = client
-        return here.client
-
-    def _warm_up(self, server: Connections) -> None:
-        # Best effort: without it the first calls cost an EVAL each, and the clock comes with their reply.
-        # Each server when it is first used, so that none that is down delays those that are not.
-        for name in ("load", "commit", "destroy", "index"):
-            server.ask((b"SCRIPT", b"LOAD", script(name).text), _is_sha)
-        sent, (seconds, microseconds) = server.ask((b"TIME",), _is_time)
-        _set_clock(server, int(seconds) * 1_000_000 + int(microseconds), sent)
-
-    def _key(self, handle: str) -> bytes:
-        return (self._config.key_prefix + handle).encode()
+        self._here = _Process(self._config, self._name)
 
     def _remember(self, handle: str, snapshot: Snapshot, sent: int) -> None:
         if self._config.cache_ttl is not None:
             self._here.cache.put(handle, snapshot, sent)
-
-    def _run(
-        self,
-        name: str,
-        handle: str,
-        call_id: bytes,
-        caller: Caller,
-        arguments: Callable[[int, int], tuple[bytes, ...]],
-        wait: tuple[int, int] | None = None,
-    ) -> tuple[int, list[Any]]:
-        """Run a script, and return when it was sent, and its reply.
-
-        :param call_id: its first argument, which the reply has to echo (G16).
-        :param arguments: makes the others of the age of the request, and of the microseconds since the
-            first sending, 0 if this is the first.
-        """
-        text = script(name)
-        key = self._key(handle)
-
-        def words(sent: int, first: int, known: bool) -> tuple[bytes, ...]:
-            if not known:
-                self._here.stats.add("script_reloads")
-            how = (b"EVALSHA", text.sha) if known else (b"EVAL", text.text)
-            # Sent again it is marked so, even within a microsecond: not found in the ring, it may have
-            # been applied.
-            resend = _microseconds(sent - first) or 1 if sent != first else 0
-            return (*how, b"1", key, call_id, *arguments(_microseconds(sent - caller.opened), resend))
-
-        def accept(reply: Any) -> bool:
-            return isinstance(reply, list) and len(reply) >= 3 and bool(reply[1] == call_id)
-
-        sent, reply, server = self._client.call(words, accept, caller.patience, wait, key)
-        _set_clock(server, int.from_bytes(reply[2]), sent)
-        return sent, reply
-
-
-def _set_clock(server: Connections, server_us: int, sent: int) -> None:
-    # From the sending, so the clock is early by a transit at most: nothing outlives its end. A slow
-    # reply tells little, so only the first one counts whatever it took.
-    if server.clock_offset is None or now_ns() - sent < 20_000_000:
-        server.clock_offset = server_us - sent // 1000
 
 
 def _starter_afresh(reference: weakref.ref[Store]) -> Callable[[], None]:
@@ -564,25 +400,6 @@ def _standing(code: bytes) -> Standing:
 
 def _paired(items: list[Any]) -> dict[bytes, Any]:
     return dict(zip(items[::2], items[1::2], strict=True))
-
-
-def _is_hash(reply: Any) -> bool:
-    # Another call's reply may be a list as well, of anything.
-    items = [*reply, *reply.values()] if isinstance(reply, dict) else reply
-    return isinstance(items, list) and len(items) % 2 == 0 and set(map(type, items)) <= {bytes}
-
-
-def _microseconds(nanoseconds: int) -> int:
-    # As the scripts take it, 7 bytes. A clock that was set back makes nobody younger than nothing.
-    return min(max(nanoseconds // 1000, 0), _LONGEST)
-
-
-def _is_time(reply: Any) -> bool:
-    return isinstance(reply, list) and len(reply) == 2
-
-
-def _is_sha(reply: Any) -> bool:
-    return isinstance(reply, bytes)
 
 
 def _moves_expiry(delta: Delta) -> bool:

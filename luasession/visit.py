@@ -15,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from . import signals
+from .calls import Caller
 from .clock import now_ns
 from .config import Config, idle_lifetime
 from .delta import Delta
@@ -22,7 +23,7 @@ from .errors import SessionUnavailable
 from .ids import SessionId, new_session_id, parse_session_id
 from .outcome import Applied, Conflicting, Refused, Standing
 from .snapshot import Snapshot
-from .store import Caller, Store
+from .store import Store
 
 if TYPE_CHECKING:
     from flask.wrappers import Request
@@ -288,7 +289,7 @@ class Visit:
         handle = session_id.handle
         if principal is not None and (self._entered is None or self._entered[:2] != (principal, handle)):
             self._entered = (principal, handle, now_ns())
-            self._store.enter(principal, handle, self.caller)
+            self._store.index.enter(principal, handle, self.caller)
 
     def _move_entry(self, session_id: SessionId, delta: Delta) -> None:
         if delta.principal is None and not delta.cleared:
@@ -301,14 +302,14 @@ class Visit:
             return
         if now_ns() - self._entered[2] > self.config.redis_deadline * 1e9:
             # It took so long that the entry may have been taken for a stale one meanwhile.
-            self._store.enter(principal, session_id.handle, self.caller)
+            self._store.index.enter(principal, session_id.handle, self.caller)
 
     def _leave(self, session_id: SessionId) -> None:
         principal, self._principal = self._principal, None
         if principal is not None:
             # A stale entry does no harm: whoever meets it sees that the session says otherwise.
             with suppress(SessionUnavailable):
-                self._store.leave(principal, [session_id.handle], self.caller)
+                self._store.index.leave(principal, [session_id.handle], self.caller)
 
     def touch(self, snapshot: Snapshot) -> None:
         """Refresh the TTL of a session that was only read, if that is due.

@@ -533,7 +533,7 @@ class Run:
         sent_us = time.monotonic_ns() // 1000
         reply = original(*about)
         name = "HGETALL" if arguments[0] == b"HGETALL" else _name_of(arguments[1])
-        ours = arguments[1 if name == "HGETALL" else 3] == self._store._key(self._id.handle)
+        ours = arguments[1 if name == "HGETALL" else 3] == self._store.calls.key(self._id.handle)
         if name != "HGETALL":
             # The server's clock when it runs what is sent here, less the clock here then.
             self._offset_us = int.from_bytes(reply[2]) - sent_us
@@ -612,7 +612,7 @@ class Run:
         self._same(f"v{snapshot.version} as read is", self._decoded(snapshot.fields), request.base)
 
     def _check_stored(self) -> None:
-        stored = self._ask(b"HGETALL", self._store._key(self._id.handle))
+        stored = self._ask(b"HGETALL", self._store.calls.key(self._id.handle))
         stored = stored if isinstance(stored, dict) else dict(zip(stored[::2], stored[1::2], strict=True))
         if self.specification.ended is not None:
             self._same("what is left is", set(stored), {b"@t"})
@@ -627,7 +627,7 @@ class Run:
     def _ask(self, *words: bytes) -> Any:
         running, self.running = self.running, None
         try:
-            return self._store._client.call(lambda *_: words, lambda _: True, Patience(0))[1]
+            return self._store.calls.client.call(lambda *_: words, lambda _: True, Patience(0))[1]
         finally:
             self.running = running
 
@@ -742,7 +742,7 @@ class _Harness:
         session_discarded.connect(self._discarded, app.flask)
         session_conflict.connect(self._conflict, app.flask)
         store = app.flask.session_interface._store  # type: ignore[attr-defined]
-        client = store._client
+        client = store.calls.client
         for owner, name in [
             (client._connections, "take"),
             (client._connections, "_exchange"),

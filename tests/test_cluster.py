@@ -283,7 +283,7 @@ def test_a_replica_is_never_read(clusters: Clusters, monkeypatch: pytest.MonkeyP
     primary = cluster.owner(key)
     with primary.client() as client:
         replica = client.info("replication")["slave0"]["port"]
-    known = app.flask.session_interface._store._client._connections  # type: ignore[attr-defined]
+    known = app.flask.session_interface._store.calls.client._connections  # type: ignore[attr-defined]
     known._owners[key_slot(key)] = known._nodes["127.0.0.1", replica]
     assert browser.run(see) == {"n": 1}
     assert codes == ["MOVED"]

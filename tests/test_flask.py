@@ -885,7 +885,7 @@ def test_a_freed_app_closes_its_connections(make_valkey_app: MakeApp) -> None:
     """No socket is left to the garbage collector, which would warn of it in whatever test runs then."""
     app = make_valkey_app()
     app.browser().run(lambda: session.update(a=1))
-    [connection] = app.flask.session_interface._store._client._connections._idle  # type: ignore[attr-defined]
+    [connection] = app.flask.session_interface._store.calls.client._connections._idle  # type: ignore[attr-defined]
     assert connection._sock is not None
     del app
     gc.collect()

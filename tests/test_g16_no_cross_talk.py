@@ -43,11 +43,11 @@ def handle_of(browser: Browser) -> str:
 
 def take(app: TestApp) -> Any:
     """Take the connection that the app's next call would get; it has to be given back."""
-    return app.flask.session_interface._store._client._connections.take()
+    return app.flask.session_interface._store.calls.client._connections.take()
 
 
 def give(app: TestApp, connection: Any) -> None:
-    app.flask.session_interface._store._client._connections.give(connection)
+    app.flask.session_interface._store.calls.client._connections.give(connection)
 
 
 def leave_unread(app: TestApp, *command: Any) -> Any:

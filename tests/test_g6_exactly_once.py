@@ -14,6 +14,7 @@ import pytest
 import redis
 from flask import session
 
+import luasession.calls
 import luasession.store
 from luasession import SessionUnavailable
 from luasession.delta import Delta, Put
@@ -243,11 +244,11 @@ def test_the_script_is_unknown_and_the_reply_to_its_text_is_lost(
     """A commit that went as EVAL, since the server did not know the script, is applied once too."""
     browser = lossy.visitor(**START)
     # A script that no other test of the run has sent, so that nobody else's cache is flushed.
-    original = luasession.store.script
+    original = luasession.calls.script
     changed = original("commit").text + b"\n-- " + uuid4().hex.encode()
     sha = uuid4().hex.encode() + b"00000000"
     monkeypatch.setattr(
-        luasession.store,
+        luasession.calls,
         "script",
         lambda name: original(name) if name != "commit" else luasession.scripts.Script(name, changed, sha),
     )

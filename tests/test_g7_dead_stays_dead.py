@@ -66,7 +66,7 @@ def test_age_counts_up_to_the_sending(app: TestApp) -> None:
     handle = browser.run(lambda: session.handle)
     late = browser.twin()
     store = app.flask.session_interface._store  # type: ignore[attr-defined]
-    connections = store._client._connections.of((app.prefix + handle).encode())
+    connections = store.calls.client._connections.of((app.prefix + handle).encode())
     taken = [connections.take() for _ in range(connections._slots.qsize())]
     with ThreadPoolExecutor(1) as pool:
         begun = Event()

@@ -160,9 +160,10 @@ STATUS = {"conflict_at_the_end": "409", "too_large": "413", "cannot_be_stored": 
 
 
 @pytest.fixture
-def wire(make_valkey_app: MakeApp) -> Wire:
+def wire(make_valkey_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> Wire:
     app = make_valkey_app(SESSION_MERGE={"hits": merge.add, "strict": "raise"}, SESSION_MAX_BYTES=4000)
-    app.flask.logger.disabled = True  # pytest keeps what is logged, and with it the frames of an error
+    # pytest keeps what is logged, and with it the frames of an error.
+    monkeypatch.setattr(app.flask.logger, "disabled", True)
     wire = Wire(app)
     wire.run(lambda: session.update(cart=[1], hits=0, strict=0))
     return wire

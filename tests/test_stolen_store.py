@@ -99,7 +99,7 @@ def opening(app: TestApp) -> tuple[list[str], int]:
     tried = [cookie for cookie in cookies(list(everything(app))) if parse_session_id(cookie, 32)]
     store = app.flask.session_interface._store  # type: ignore[attr-defined]
     live = {
-        handle: store._here.client and app.stored(handle).get(b"@i", b"")[1:33]
+        handle: store._here.calls._client and app.stored(handle).get(b"@i", b"")[1:33]
         for handle in {cookie.partition(".")[0] for cookie in tried}
     }
     matching = [c for c in tried if SessionId(*c.split(".")).digest == live[c.partition(".")[0]]]

@@ -21,7 +21,7 @@ from flask import session
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-import luasession.store
+import luasession.calls
 from luasession import ConfigurationError
 
 from .conftest import Browser, MakeApp, TestApp
@@ -215,7 +215,7 @@ def test_first_use_by_twenty_threads(make_app: MakeApp, monkeypatch: pytest.Monk
     """Twenty threads that make the first calls of a process together share one client and one cache."""
     app = make_app()
     barrier = threading.Barrier(20)
-    original = luasession.store.connect
+    original = luasession.calls.connect
     made: list[Any] = []
 
     def connect(*args: Any) -> Any:
@@ -223,7 +223,7 @@ def test_first_use_by_twenty_threads(make_app: MakeApp, monkeypatch: pytest.Monk
         made.append(original(*args))
         return made[-1]
 
-    monkeypatch.setattr(luasession.store, "connect", connect)
+    monkeypatch.setattr(luasession.calls, "connect", connect)
     browsers = [app.browser() for _ in range(20)]
     with ThreadPoolExecutor(20) as pool:
         list(pool.map(lambda n: browsers[n].run(lambda: session.update(n=n)), range(20)))
@@ -309,14 +309,14 @@ client = app.test_client()
 client.get("/set/a")
 check(client, "a")
 here = store._here
-connection = here.client._connections.take()
+connection = here.calls.client._connections.take()
 
 # What a fork may meet: locks that other threads hold, a connection with a reply under way, all slots taken.
 connection.send_command("BLPOP", prefix + "never", "0.3")
-for lock in (here.lock, here.cache._lock, here.stats._lock):
+for lock in (here.calls._lock, here.cache._lock, here.stats._lock):
     lock.acquire()
-while not here.client._connections._slots.empty():
-    here.client._connections._slots.get()
+while not here.calls.client._connections._slots.empty():
+    here.calls.client._connections._slots.get()
 
 child = os.fork()
 if child == 0:
@@ -325,7 +325,7 @@ if child == 0:
         check(client, "a")
         client.get("/set/child")
         check(client, "a", "child")
-        assert store._here.client is not here.client
+        assert store._here.calls._client is not here.calls.client
         grandchild = os.fork()
         if grandchild == 0:
             check(client, "a", "child")
@@ -349,11 +349,11 @@ assert ended[1] == 0, ended
 
 # The parent goes on where it was, the reply that was under way included.
 assert connection.read_response() is None
-for lock in (here.lock, here.cache._lock, here.stats._lock):
+for lock in (here.calls._lock, here.cache._lock, here.stats._lock):
     lock.release()
 for _ in range(64):
-    here.client._connections._slots.put(None)
-here.client._connections._idle.append(connection)
+    here.calls.client._connections._slots.put(None)
+here.calls.client._connections._idle.append(connection)
 assert store._here is here
 client.get("/set/parent")
 check(client, "a", "child", "parent")
@@ -455,7 +455,7 @@ def read(name, value, seconds):
         return "read"
     return "timed out"
 
-connections = store._here.client._connections
+connections = store._here.calls._client._connections
 lost, lose = [], connections.lose
 connections.lose = lambda connection: lost.append(connection) or lose(connection)
 random.seed(16)
@@ -478,7 +478,7 @@ for _ in range(6):
 assert min(ends.values()) > 20, ends
 assert len(lost) > 20, "hardly anybody was killed in the middle of a call"
 
-assert store._here.client._connections._slots.qsize() == 64
+assert store._here.calls._client._connections._slots.qsize() == 64
 for name, value in owners:
     assert read(name, value, 5) == "read"
 print("done")

@@ -199,7 +199,7 @@ def owner(topology: Topology, app: TestApp, browser: Browser) -> Any:
 def connections(app: TestApp, browser: Browser) -> Connections:
     """Return the connections that the next call about a browser's session is made on."""
     handle = browser.cookies["session"].partition(".")[0]
-    client = app.flask.session_interface._store._client  # type: ignore[attr-defined]
+    client = app.flask.session_interface._store.calls.client  # type: ignore[attr-defined]
     found: Connections = client._connections.of((app.prefix + handle).encode())
     return found
 
@@ -209,17 +209,18 @@ def test_a_lost_reply_is_one_commit(make_app: MakeApp, monkeypatch: pytest.Monke
     app = make_app(SESSION_CACHE_TTL=0)
     browser = app.browser()
     browser.run(lambda: session.update(log=[]))
-    found = connections(app, browser)
-    original, sent = found._exchange, []
+    original, sent = Connections._exchange, []
 
     def lossy(connection: Any, words: Any, *about: Any) -> Any:
         reply = original(connection, words, *about)
+        if words[0] != b"EVALSHA":  # by the way it may ask where the key is
+            return reply
         sent.append(words)
         if len(sent) == 2:  # the first one reads
             raise redis.ConnectionError("the reply is lost")
         return reply
 
-    monkeypatch.setattr(found, "_exchange", lossy)
+    monkeypatch.setattr(Connections, "_exchange", staticmethod(lossy))
     browser.run(lambda: session["log"].append("once"))
     assert len(sent) == 3
     # Microseconds since the first sending: by them the script tells a commit that it no longer knows from a new one.

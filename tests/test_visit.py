@@ -232,16 +232,17 @@ def test_the_index_comes_first() -> None:
     visit = visit_to(store)
     visit.load()
     visit.commit(Delta(base=theirs.pair, principal=Change("ada")))
-    names = [call[0] for call in store.method_calls if call[0] in ("enter", "commit", "leave")]
-    assert names == ["enter", "commit", "leave"]
-    assert store.enter.call_args.args[:2] == ("ada", ID.handle)
-    assert store.leave.call_args.args[:2] == ("bob", [ID.handle])
+    names = [call[0] for call in store.method_calls if call[0] in ("index.enter", "commit", "index.leave")]
+    assert names == ["index.enter", "commit", "index.leave"]
+    assert store.index.enter.call_args.args[:2] == ("ada", ID.handle)
+    assert store.index.leave.call_args.args[:2] == ("bob", [ID.handle])
 
 
 def test_a_stale_entry_fails_no_log_out() -> None:
     """The session ends although its entry cannot be taken out."""
     theirs = image(1)._replace(principal="bob")
-    store = store_with(load=Loaded(Standing.LIVE, theirs), destroy=True, leave=SessionUnavailable("down"))
+    store = store_with(load=Loaded(Standing.LIVE, theirs), destroy=True)
+    store.index.leave.side_effect = SessionUnavailable("down")
     visit = visit_to(store)
     visit.load()
     assert visit.destroy()

@@ -1,0 +1,159 @@
+"""Calls: commands and scripts, sent to where their key lives, their replies proven.
+
+The store and the index of principals speak to Redis through here, and nobody
+else does. What a reply means is theirs to say; that it answers this call is
+made sure of here (G16).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from threading import Lock
+from typing import Any, NamedTuple
+
+from .client import Client, Patience, connect
+from .clock import now_ns
+from .config import Config
+from .connections import Connections
+from .scripts import script
+from .stats import Stats
+
+# Microseconds that the scripts can be told.
+_LONGEST = (1 << 56) - 1
+
+
+class Caller(NamedTuple):
+    """The request behind a call."""
+
+    #: The monotonic nanosecond at which it opened its session.
+    opened: int
+    #: Idle lifetime, in milliseconds, of sessions that have none of their own.
+    lifetime_ms: int
+    patience: Patience
+    #: Whether what it does is use, which keeps a session alive.
+    uses: bool = True
+
+
+class Calls:
+    """The calls of one process.
+
+    :param name: names the app, for its embedded server.
+    """
+
+    def __init__(self, config: Config, name: str, stats: Stats) -> None:
+        self._config = config
+        self._name = name
+        self._stats = stats
+        self._lock = Lock()
+        self._client: Client | None = None
+        replicas = config.wait_replicas
+        self._wait = (replicas, config.wait_timeout_ms) if replicas else None
+
+    @property
+    def client(self) -> Client:
+        """The way to the servers, made when it is first asked for."""
+        if self._client is None:
+            client = connect(self._config, self._name, _warm_up)
+            with self._lock:
+                if self._client is None:
+                    self._client = client
+        return self._client
+
+    def key(self, handle: str) -> bytes:
+        """Return the key of a session."""
+        return (self._config.key_prefix + handle).encode()
+
+    def now_ms(self, handle: str) -> int:
+        """Return the clock of a session's server in milliseconds, as last seen and counted on."""
+        client = self._client
+        server = None if client is None else client.known(self.key(handle))
+        if server is None or server.clock_offset is None:
+            return time.time_ns() // 1_000_000
+        return (now_ns() // 1000 + server.clock_offset) // 1000
+
+    def whole(self, handle: str, caller: Caller) -> tuple[int, dict[bytes, bytes]]:
+        """Read a hash as it is, and return when that was asked, and its fields; nothing of it is proven.
+
+        :raise SessionUnavailable: if Redis does not answer within the deadline.
+        """
+        key = self.key(handle)
+        words = (b"HGETALL", key)
+        sent, reply, _ = self.client.call(lambda *_: words, _is_hash, caller.patience, None, key)
+        if not isinstance(reply, dict):
+            reply = dict(zip(reply[::2], reply[1::2], strict=True))
+        return sent, reply
+
+    def run(
+        self,
+        name: str,
+        handle: str,
+        call_id: bytes,
+        caller: Caller,
+        arguments: Callable[[int, int], tuple[bytes, ...]],
+        *,
+        writes: bool = True,
+    ) -> tuple[int, list[Any]]:
+        """Run a script, and return when it was sent, and its reply.
+
+        :param call_id: its first argument, which the reply has to echo (G16).
+        :param arguments: makes the others of the age of the request, and of the microseconds since the
+            first sending, 0 if this is the first.
+        :param writes: whether replicas have to acknowledge it, where that is asked for.
+        :raise SessionUnavailable: if Redis does not answer within the deadline, or replicas do not.
+        """
+        text = script(name)
+        key = self.key(handle)
+
+        def words(sent: int, first: int, known: bool) -> tuple[bytes, ...]:
+            if not known:
+                self._stats.add("script_reloads")
+            how = (b"EVALSHA", text.sha) if known else (b"EVAL", text.text)
+            # Sent again it is marked so, even within a microsecond: not found in the ring, it may have
+            # been applied.
+            resend = _microseconds(sent - first) or 1 if sent != first else 0
+            return (*how, b"1", key, call_id, *arguments(_microseconds(sent - caller.opened), resend))
+
+        def accept(reply: Any) -> bool:
+            return isinstance(reply, list) and len(reply) >= 3 and bool(reply[1] == call_id)
+
+        sent, reply, server = self.client.call(
+            words, accept, caller.patience, self._wait if writes else None, key
+        )
+        _set_clock(server, int.from_bytes(reply[2]), sent)
+        return sent, reply
+
+
+def _warm_up(server: Connections) -> None:
+    # Best effort: without it the first calls cost an EVAL each, and the clock comes with their reply.
+    # Each server when it is first used, so that none that is down delays those that are not.
+    for name in ("load", "commit", "destroy", "index"):
+        server.ask((b"SCRIPT", b"LOAD", script(name).text), _is_sha)
+    sent, (seconds, microseconds) = server.ask((b"TIME",), _is_time)
+    _set_clock(server, int(seconds) * 1_000_000 + int(microseconds), sent)
+
+
+def _set_clock(server: Connections, server_us: int, sent: int) -> None:
+    # From the sending, so the clock is early by a transit at most: nothing outlives its end. A slow
+    # reply tells little, so only the first one counts whatever it took.
+    if server.clock_offset is None or now_ns() - sent < 20_000_000:
+        server.clock_offset = server_us - sent // 1000
+
+
+def _microseconds(nanoseconds: int) -> int:
+    # As the scripts take it, 7 bytes. A clock that was set back makes nobody younger than nothing.
+    return min(max(nanoseconds // 1000, 0), _LONGEST)
+
+
+def _is_time(reply: Any) -> bool:
+    return isinstance(reply, list) and len(reply) == 2
+
+
+def _is_sha(reply: Any) -> bool:
+    return isinstance(reply, bytes)
+
+
+def _is_hash(reply: Any) -> bool:
+    # Another call's reply may be a list as well, of anything.
+    items = [*reply, *reply.values()] if isinstance(reply, dict) else reply
+    return isinstance(items, list) and len(items) % 2 == 0 and set(map(type, items)) <= {bytes}
