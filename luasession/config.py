@@ -10,38 +10,24 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
-import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
 from flask import Flask
 
+from . import readers
 from .errors import ConfigurationError
-from .location import is_location, read_location
+from .readers import Policy, milliseconds
 
-#: What to do about a conflict: a word, or a function ``(base, theirs, ours) -> value``.
-Policy: TypeAlias = str | Callable[[Any, Any, Any], Any]
-
-# A setting's value and name in, its normal form out; or a ConfigurationError.
-_Reader: TypeAlias = Callable[[Any, str], Any]
-
-_SCHEMES = (
-    *("redis", "rediss", "valkey", "valkeys", "unix", "embedded"),
-    *("redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"),
-)
 _DEFAULT_CACHE_TTL = 2.0
-_KEY_BYTES = 32
 _TOUCH_MS = 60_000
 # Windows of a default take this part of the lifetime, so two of them never fill it.
 _LIFETIME_PART = 20
-# Lua prints whole numbers of up to 14 digits; now plus this many milliseconds has no more.
-_MAX_SECONDS = 1000 * 365 * 86_400
 # Catches a letter or an underscore that is off, and leaves SESSION_COOKIE_AGE alone.
 _CLOSE = 0.86
 
@@ -150,193 +136,30 @@ def read_config(settings: Mapping[str, Any]) -> Config:
     return config
 
 
-def milliseconds(value: object, key: str, at_least: int = 0) -> int:
-    """Turn a duration into whole milliseconds; one above zero never becomes zero.
-
-    :param value: a timedelta, or a number of seconds, at most 1000 years.
-    :param key: what the value is for, to name it in the error.
-    :param at_least: the smallest result that will do, milliseconds; 1 refuses zero.
-    :raises ConfigurationError: it is no duration, negative, too small or too large.
-    """
-    seconds: Any = value.total_seconds() if isinstance(value, timedelta) else value
-    # NaN fails the comparison, as infinity does.
-    if _is_a(seconds, int | float) and 0 <= seconds <= _MAX_SECONDS:
-        ms = max(round(seconds * 1000), 1) if seconds else 0
-        if ms >= at_least:
-            return ms
-    expected = f"{at_least / 1000:g} at least and 1000 years at most"
-    raise _wrong(key, f"a timedelta or a number of seconds, {expected}", value)
-
-
-@lru_cache(maxsize=16)
-def idle_lifetime(value: timedelta | float) -> int:
-    """Return ``PERMANENT_SESSION_LIFETIME`` in milliseconds; it is read at each request.
-
-    :raises ConfigurationError: it is no positive time.
-    """
-    return milliseconds(value, "PERMANENT_SESSION_LIFETIME", at_least=1)
-
-
-def _wrong(key: str, expected: str, value: object) -> ConfigurationError:
-    return ConfigurationError(f"{key} must be {expected}, not {value!r}")
-
-
-def _is_a(value: object, number: Any) -> bool:
-    return isinstance(value, number) and not isinstance(value, bool)
-
-
-def _must_be(expected: str, test: Callable[[Any], bool]) -> _Reader:
-    def read(value: Any, key: str) -> Any:
-        if not test(value):
-            raise _wrong(key, expected, value)
-        return value
-
-    return read
-
-
-def _optional(read: _Reader) -> _Reader:
-    return lambda value, key: None if value is None else read(value, key)
-
-
-def _integer(low: int, high: float = math.inf) -> _Reader:
-    expected = f"an integer, {low} at least" + (f" and {high} at most" if high < math.inf else "")
-    return _must_be(expected, lambda value: _is_a(value, int) and low <= value <= high)
-
-
-def _policy(*words: str) -> _Reader:
-    return _must_be(
-        f"{', '.join(map(repr, words))} or a function (base, theirs, ours) -> value",
-        lambda value: value in words if isinstance(value, str) else callable(value),
-    )
-
-
-_flag = _must_be("True or False", lambda value: isinstance(value, bool))
-
-# Braces would put all sessions of a cluster into one slot.
-_prefix = _must_be(
-    "a text that is not empty and has no braces",
-    lambda value: isinstance(value, str) and re.fullmatch(r"[^{}]+", value) is not None,
-)
-
-# Their loads runs what the bytes say: whoever can write to Redis would own the app.
-_EXECUTING = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "jsonpickle", "marshal")
-
-_serializer = _must_be(
-    "'json', 'msgpack' or an object with dumps and loads that is no pickle",
-    lambda value: (
-        (isinstance(value, str) and value in ("json", "msgpack"))
-        or (
-            all(callable(getattr(value, name, None)) for name in ("dumps", "loads"))
-            and getattr(value, "__name__", None) not in _EXECUTING
-        )
-    ),
-)
-
-
-def _seconds(value: object, key: str, at_least: int = 0) -> float:
-    return milliseconds(value, key, at_least) / 1000
-
-
-def _merge(value: object, key: str) -> Mapping[str, Policy]:
-    if not isinstance(value, Mapping):
-        raise _wrong(key, "a mapping of session keys to policies", value)
-    # No "serializable" here: a serial order of some keys only is none.
-    read = _policy("overwrite", "raise")
-    for name, policy in value.items():
-        if not isinstance(name, str) or not name or "*" in name[:-1]:
-            raise _wrong(f"each name in {key}", "a session key, or its beginning and one *", name)
-        read(policy, f"{key}[{name!r}]")
-    return MappingProxyType(dict(value))
-
-
-def _encryption_keys(value: object, key: str) -> tuple[bytes, ...]:
-    if value is None:
-        return ()
-    given = (value,) if isinstance(value, str | bytes) else value
-    # An empty list is more likely a lost secret than a wish to store plain text.
-    if not isinstance(given, list | tuple) or not given:
-        raise ConfigurationError(
-            f"{key} must be None, a key, or a list of keys, newest first; its value is not shown"
-        )
-    keys = []
-    for number, one in enumerate(given, 1):
-        # "surrogatepass" since an encoding error would quote the key.
-        raw = one.encode("utf-8", "surrogatepass") if isinstance(one, str) else one
-        if not isinstance(raw, bytes) or len(raw) < _KEY_BYTES:
-            raise ConfigurationError(
-                f"{key} must hold str or bytes of {_KEY_BYTES} bytes at least; "
-                f"number {number} is not, and is not shown"
-            )
-        keys.append(raw)
-    return tuple(keys)
-
-
-def _redis_url(value: object, key: str) -> str:
-    # Of a wrong one the scheme is shown and nothing else, since the rest may hold a password.
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", value) if isinstance(value, str) else None
-    if isinstance(value, str) and scheme and scheme[1] in _SCHEMES:
-        if is_location(value):
-            read_location(value, key)
-        return value
-    found = repr(scheme[1]) if scheme else "none"
-    raise ConfigurationError(
-        f"{key} must be a URL with one of the schemes {', '.join(_SCHEMES)}; its scheme is {found}"
-    )
-
-
-def _client(value: Any, key: str) -> Any:
-    # A client is named by its type alone: some versions show the password in their repr.
-    found = f"{key} must be a synchronous redis-py or valkey-py client, not "
-    if isinstance(value, str | bytes):
-        raise ConfigurationError(f"{found}a text; for a URL there is SESSION_REDIS_URL")
-    if isinstance(value, type):
-        raise ConfigurationError(f"{found}the class {value.__name__} itself")
-    execute = getattr(value, "execute_command", None)
-    if not callable(execute):
-        raise ConfigurationError(f"{found}a value of type {type(value).__name__}")
-    if inspect.iscoroutinefunction(execute):
-        raise ConfigurationError(f"{found}an asyncio one; asyncio clients are not supported")
-    if _caches_replies(value):
-        raise ConfigurationError(
-            f"{found}one with client-side caching: its cached replies would pass for the newest "
-            "state of a session. Give it no cache_config; luasession has a cache of its own"
-        )
-    return value
-
-
-def _caches_replies(client: Any) -> bool:
-    # redis-py keeps its cache at the pool or at a cluster's nodes, valkey-py in their arguments.
-    pool, nodes = (getattr(client, name, None) for name in ("connection_pool", "nodes_manager"))
-    arguments = getattr(nodes if pool is None else pool, "connection_kwargs", {})
-    caches = [getattr(pool, "cache", None), getattr(nodes, "_cache", None)]
-    caches += [arguments.get("client_cache"), arguments.get("cache_enabled") or None]
-    return any(cache is not None for cache in caches)
-
-
 _POSITIVE_MS = partial(milliseconds, at_least=1)
 
 # Setting -> the field of Config, and what reads it.
-_SETTINGS: Mapping[str, tuple[str, _Reader]] = {
-    "SESSION_REDIS": ("redis", _optional(_client)),
-    "SESSION_REDIS_URL": ("redis_url", _redis_url),
-    "SESSION_KEY_PREFIX": ("key_prefix", _prefix),
-    "SESSION_ID_LENGTH": ("id_length", _integer(16, 128)),
-    "SESSION_REDIS_TIMEOUT": ("redis_timeout", partial(_seconds, at_least=1)),
-    "SESSION_REDIS_DEADLINE": ("redis_deadline", _seconds),
-    "SESSION_PERMANENT": ("permanent", _flag),
-    "SESSION_CACHE_TTL": ("cache_ttl", _optional(_seconds)),
-    "SESSION_CACHE_BYTES": ("cache_bytes", _integer(1)),
-    "SESSION_CONFLICT": ("conflict", _policy("overwrite", "raise", "serializable")),
-    "SESSION_MERGE": ("merge", _merge),
-    "SESSION_ABSOLUTE_LIFETIME": ("absolute_ms", _optional(_POSITIVE_MS)),
-    "SESSION_RENEW_AFTER": ("renew_after_ms", _optional(_POSITIVE_MS)),
+_SETTINGS: Mapping[str, tuple[str, readers.Reader]] = {
+    "SESSION_REDIS": ("redis", readers.optional(readers.client)),
+    "SESSION_REDIS_URL": ("redis_url", readers.redis_url),
+    "SESSION_KEY_PREFIX": ("key_prefix", readers.prefix),
+    "SESSION_ID_LENGTH": ("id_length", readers.integer(16, 128)),
+    "SESSION_REDIS_TIMEOUT": ("redis_timeout", partial(readers.seconds, at_least=1)),
+    "SESSION_REDIS_DEADLINE": ("redis_deadline", readers.seconds),
+    "SESSION_PERMANENT": ("permanent", readers.flag),
+    "SESSION_CACHE_TTL": ("cache_ttl", readers.optional(readers.seconds)),
+    "SESSION_CACHE_BYTES": ("cache_bytes", readers.integer(1)),
+    "SESSION_CONFLICT": ("conflict", readers.policy("overwrite", "raise", "serializable")),
+    "SESSION_MERGE": ("merge", readers.merge),
+    "SESSION_ABSOLUTE_LIFETIME": ("absolute_ms", readers.optional(_POSITIVE_MS)),
+    "SESSION_RENEW_AFTER": ("renew_after_ms", readers.optional(_POSITIVE_MS)),
     "SESSION_ROTATION_GRACE": ("grace_ms", _POSITIVE_MS),
-    "SESSION_TOUCH_INTERVAL": ("touch_interval_ms", _optional(milliseconds)),
-    "SESSION_MAX_BYTES": ("max_bytes", _integer(1)),
-    "SESSION_SERIALIZER": ("serializer", _serializer),
-    "SESSION_ENCRYPTION_KEYS": ("encryption_keys", _encryption_keys),
-    "SESSION_LOGIN_HOOKS": ("login_hooks", _flag),
-    "SESSION_WAIT_REPLICAS": ("wait_replicas", _integer(0)),
+    "SESSION_TOUCH_INTERVAL": ("touch_interval_ms", readers.optional(milliseconds)),
+    "SESSION_MAX_BYTES": ("max_bytes", readers.integer(1)),
+    "SESSION_SERIALIZER": ("serializer", readers.serializer),
+    "SESSION_ENCRYPTION_KEYS": ("encryption_keys", readers.encryption_keys),
+    "SESSION_LOGIN_HOOKS": ("login_hooks", readers.flag),
+    "SESSION_WAIT_REPLICAS": ("wait_replicas", readers.integer(0)),
     "SESSION_WAIT_TIMEOUT": ("wait_timeout_ms", _POSITIVE_MS),
 }
 
@@ -380,7 +203,7 @@ def _refuse_misspelt(settings: Mapping[str, Any]) -> None:
 def _heed_flask_session(settings: Mapping[str, Any]) -> None:
     kind = settings.get("SESSION_TYPE")
     if kind is not None and not (isinstance(kind, str) and kind.lower() == "redis"):
-        raise _wrong("SESSION_TYPE", "'redis' (or absent): luasession knows no other store", kind)
+        raise readers.wrong("SESSION_TYPE", "'redis' (or absent): luasession knows no other store", kind)
     for name, value in settings.items():
         advice = _advice(name)
         if advice and value is not None:

@@ -16,7 +16,8 @@ from .codec import Serializer, is_immutable
 from .delta import Change, Check, Delta, Put
 from .errors import SessionConflict
 from .outcome import Applied, Conflicting
-from .policy import Policies, Policy
+from .policy import Policies
+from .readers import Policy
 from .snapshot import Pair, Snapshot, field_name, session_key
 
 

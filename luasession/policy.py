@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from . import merge
-
-#: ``"overwrite"``, ``"raise"``, ``"serializable"``, or a three-way merge
-#: ``(base, theirs, ours) -> value``, whose missing sides are ``merge.MISSING``.
-Policy = str | Callable[[Any, Any, Any], Any]
+from .readers import Policy
 
 # Flask keeps flashed messages in a list under this key: with any other policy messages would be lost.
 _BUILT_IN: dict[str, Policy] = {"_flashes": merge.append}

@@ -13,11 +13,11 @@ from flask.sessions import SessionMixin
 
 from . import merge, signals
 from .clock import now_ns
-from .config import milliseconds
 from .delta import Change, Check, Delta, Put, Rotation
 from .errors import ConfigurationError, SessionConflict, SessionGone
 from .ledger import Conflict, Ledger
 from .outcome import Applied, Conflicting, Refused, Standing
+from .readers import milliseconds
 from .snapshot import Pair, field_name, session_key
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from . import signals
 from .clock import now_ns
-from .config import idle_lifetime
 from .errors import CorruptSession, SessionGone
 from .ids import is_handle
+from .readers import idle_lifetime
 
 if TYPE_CHECKING:
     from flask import Flask

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from . import signals
 from .calls import Caller
 from .clock import now_ns
-from .config import Config, idle_lifetime
+from .config import Config
 from .delta import Delta
 from .errors import SessionUnavailable
 from .ids import SessionId, new_session_id, parse_session_id
 from .outcome import Applied, Conflicting, Refused, Standing
+from .readers import idle_lifetime
 from .snapshot import Snapshot
 from .store import Store
 

@@ -672,10 +672,16 @@ def test_the_settings_are_not_touched() -> None:
 
 
 def test_nothing_else_of_luasession_is_needed() -> None:
-    """Of luasession the module imports leaves alone: the errors, and what reads a URL."""
-    module = importlib.import_module("luasession.config")
-    source = inspect.getsource(module)
-    assert [line for line in source.splitlines() if line.startswith(("from .", "from luasession"))] == [
+    """Of luasession the modules import leaves alone: the errors, and what reads a value or a URL."""
+    imported = {
+        line
+        for name in ("luasession.config", "luasession.readers")
+        for line in inspect.getsource(importlib.import_module(name)).splitlines()
+        if line.startswith(("from .", "from luasession"))
+    }
+    assert imported == {
+        "from . import readers",
+        "from .readers import Policy, milliseconds",
         "from .errors import ConfigurationError",
         "from .location import is_location, read_location",
-    ]
+    }
