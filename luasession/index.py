@@ -5,17 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from .calls import Caller
+from .calls import Caller, Calls
 from .config import Config
-from .errors import CorruptSession, SessionUnavailable
-from .ids import SessionId, new_write_id
-from .snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from .store import Store
+from .ids import new_write_id
 
 # Entries that are looked at when another one is entered.
 _STALE_AT_ONCE = 8
@@ -35,25 +29,18 @@ class PrincipalIndex:
     An entry comes before its session says whose it is, and goes after the session no longer does.
     """
 
-    def __init__(self, config: Config, store: Store) -> None:
+    def __init__(self, config: Config, calls: Calls) -> None:
         self._config = config
-        self._store = store
+        self._calls = calls
         # A request lasts no longer once it waits for Redis, so that by twice that its log-in is through.
         self._youth_ms = math.ceil(config.redis_deadline * 2000)
 
-    def enter(self, principal: str, handle: str, caller: Caller) -> None:
-        """Enter a session into its principal's index, before the session says so.
-
-        What expired without a log-out is looked for among the oldest entries, and taken out.
+    def enter(self, principal: str, handle: str, caller: Caller) -> list[Entry]:
+        """Enter a session, before it says whose it is, and return a few of the oldest entries.
 
         :raise SessionUnavailable: if Redis does not answer within the deadline.
         """
-        entries = self._run(principal, caller, entered=handle, most=_STALE_AT_ONCE)
-        oldest = [entry.handle for entry in entries if entry.age_ms > caller.lifetime_ms]
-        with suppress(SessionUnavailable, CorruptSession):  # it stays, and the next log-in looks again
-            self.leave(
-                principal, [handle for handle in oldest if not self.owned(principal, handle, caller)], caller
-            )
+        return self._run(principal, caller, entered=handle, most=_STALE_AT_ONCE)
 
     def leave(self, principal: str, handles: Sequence[str], caller: Caller) -> None:
         """Take entries out of a principal's index, save young ones.
@@ -69,14 +56,6 @@ class PrincipalIndex:
         :raise SessionUnavailable: if Redis does not answer within the deadline.
         """
         return self._run(principal, caller)
-
-    def owned(self, principal: str, handle: str, caller: Caller) -> Snapshot | None:
-        """Return a session if it is there and says that it is the principal's.
-
-        :raise SessionUnavailable: if Redis does not answer within the deadline.
-        """
-        snapshot = self._store.load(SessionId.without_secret(handle), caller).snapshot
-        return snapshot if snapshot is not None and snapshot.principal == principal else None
 
     def is_young(self, entry: Entry) -> bool:
         """Whether the log-in behind an entry may still be on its way."""
@@ -100,7 +79,7 @@ class PrincipalIndex:
             b"%d" % most,
             "".join(taken_out).encode(),
         )
-        _sent, (_code, _id, now_us, *items) = self._store.calls.run(
+        _sent, (_code, _id, now_us, *items) = self._calls.run(
             "index", f"principal:{digest}", new_write_id(), caller, lambda _age, _resend: packed
         )
         now_ms = int.from_bytes(now_us) // 1000

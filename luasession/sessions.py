@@ -68,7 +68,7 @@ class Sessions:
         found, stale = [], []
         for entry in self._store.index.entries(principal, caller):
             try:
-                snapshot = self._store.index.owned(principal, entry.handle, caller)
+                snapshot = self._store.owned(principal, entry.handle, caller)
             except CorruptSession:
                 continue
             if snapshot is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -342,6 +343,29 @@ class Store:
         self._here.cache.drop(handle)
         return bool(code == Code.DESTROYED)
 
+    # -- principals -----------------------------------------------------------
+
+    def owned(self, principal: str, handle: str, caller: Caller) -> Snapshot | None:
+        """Return a session if it is there and says that it is the principal's.
+
+        :raise SessionUnavailable: if Redis does not answer within the deadline.
+        """
+        snapshot = self.load(SessionId.without_secret(handle), caller).snapshot
+        return snapshot if snapshot is not None and snapshot.principal == principal else None
+
+    def enter(self, principal: str, handle: str, caller: Caller) -> None:
+        """Enter a session into its principal's index, before the session says so.
+
+        What expired without a log-out is looked for among the oldest entries, and taken out.
+
+        :raise SessionUnavailable: if Redis does not answer within the deadline.
+        """
+        entries = self.index.enter(principal, handle, caller)
+        oldest = [entry.handle for entry in entries if entry.age_ms > caller.lifetime_ms]
+        with suppress(SessionUnavailable, CorruptSession):  # it stays, and the next log-in looks again
+            stale = [handle for handle in oldest if not self.owned(principal, handle, caller)]
+            self.index.leave(principal, stale, caller)
+
     # -- the process --------------------------------------------------------
 
     def now_ms(self, handle: str) -> int:
@@ -356,7 +380,7 @@ class Store:
     @property
     def index(self) -> PrincipalIndex:
         """The index of principals."""
-        return PrincipalIndex(self._config, self)
+        return PrincipalIndex(self._config, self.calls)
 
     @property
     def stats(self) -> Stats:

@@ -290,7 +290,7 @@ class Visit:
         handle = session_id.handle
         if principal is not None and (self._entered is None or self._entered[:2] != (principal, handle)):
             self._entered = (principal, handle, now_ns())
-            self._store.index.enter(principal, handle, self.caller)
+            self._store.enter(principal, handle, self.caller)
 
     def _move_entry(self, session_id: SessionId, delta: Delta) -> None:
         if delta.principal is None and not delta.cleared:
@@ -303,7 +303,7 @@ class Visit:
             return
         if now_ns() - self._entered[2] > self.config.redis_deadline * 1e9:
             # It took so long that the entry may have been taken for a stale one meanwhile.
-            self._store.index.enter(principal, session_id.handle, self.caller)
+            self._store.enter(principal, session_id.handle, self.caller)
 
     def _leave(self, session_id: SessionId) -> None:
         principal, self._principal = self._principal, None

@@ -232,9 +232,9 @@ def test_the_index_comes_first() -> None:
     visit = visit_to(store)
     visit.load()
     visit.commit(Delta(base=theirs.pair, principal=Change("ada")))
-    names = [call[0] for call in store.method_calls if call[0] in ("index.enter", "commit", "index.leave")]
-    assert names == ["index.enter", "commit", "index.leave"]
-    assert store.index.enter.call_args.args[:2] == ("ada", ID.handle)
+    names = [call[0] for call in store.method_calls if call[0] in ("enter", "commit", "index.leave")]
+    assert names == ["enter", "commit", "index.leave"]
+    assert store.enter.call_args.args[:2] == ("ada", ID.handle)
     assert store.index.leave.call_args.args[:2] == ("bob", [ID.handle])
 
 
