@@ -10,12 +10,12 @@ greenlet leaves locked. It is one command each, so it is sent as all others are.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from redis.crc import key_slot
 
+from .clock import now_ns
 from .connections import Connections
 from .failures import Nowhere, code_of, is_known, is_passing, is_read_only, words_of
 
@@ -85,7 +85,7 @@ class Sentinels:
         last = self._last
         if last is None or not self._sure:
             return self._find()
-        now = time.monotonic()
+        now = _now()
         if now < self._due:
             return last[1]
         # One request asks, and if nobody answers, no other one for a while: the primary may be well.
@@ -109,9 +109,9 @@ class Sentinels:
     def _find(self) -> Connections:
         heard: list[str] = []
         passing = False
-        begun = time.monotonic()
+        begun = _now()
         for sentinel in sorted(self._sentinels, key=lambda each: each is not self._first):
-            if heard and time.monotonic() - begun > self._seconds:
+            if heard and _now() - begun > self._seconds:
                 break
             try:
                 _, reply = sentinel.ask((b"SENTINEL", b"MASTER", self._service), self._is_state)
@@ -142,7 +142,7 @@ class Sentinels:
                 last[1].drop()
             last = self._last = (address, self._make(*address))
         self._sure = True
-        self._due = time.monotonic() + _TRUST
+        self._due = _now() + _TRUST
         return last[1]
 
     def _is_state(self, reply: Any) -> bool:
@@ -205,7 +205,7 @@ class Cluster:
             node = self._node(self._address(host, int(port), server))
             if code == "MOVED":
                 # Not each time, while slots move one by one.
-                if time.monotonic() - self._asked > _SETTLED:
+                if _now() - self._asked > _SETTLED:
                     self._ask(first=node, last=server)
                 self._owners[key_slot(key)] = node
             return node
@@ -218,14 +218,14 @@ class Cluster:
 
         Nobody holds a lock: two requests that ask at once both get an answer as good as the other's.
         """
-        self._asked = begun = time.monotonic()
+        self._asked = begun = _now()
         # Each node once, a healthy one soon, whoever else is down.
         nodes = random.sample(list(self._nodes.values()), len(self._nodes))
         nodes.sort(key=lambda node: (node is last, node is not first))
         heard: list[str] = []
         passing = False
         for node in nodes:
-            if heard and time.monotonic() - begun > self._seconds:
+            if heard and _now() - begun > self._seconds:
                 break
             try:
                 _, reply = node.ask((b"CLUSTER", b"SLOTS"), _is_map)
@@ -262,6 +262,10 @@ class Cluster:
         name = host.decode() if isinstance(host, bytes) else host
         # A node that does not know its own address leaves it to whoever reached it.
         return self._remap(source.host if name in {"", "?"} else name, port)
+
+
+def _now() -> float:
+    return now_ns() / 1e9
 
 
 def _is_map(reply: Any) -> bool:
