@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -18,10 +17,10 @@ from luasession.client import Patience
 from luasession.scripts import script
 
 from .conftest import TestApp
+from .readme import readme
 from .servers import Server, standalone
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-[LINE] = re.findall(r"^ACL SETUSER .*$", README, re.MULTILINE)
+[LINE] = re.findall(r"^ACL SETUSER .*$", readme(), re.MULTILINE)
 USER, PASSWORD = re.findall(r"SETUSER (\S+) .*>(\S+)", LINE)[0]
 RIGHTS = re.findall(r" \+(\S+)", LINE)
 #: What the client library sends by itself is none of luasession's; this is all that luasession sends.

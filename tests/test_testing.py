@@ -22,9 +22,8 @@ import luasession
 from luasession import Session, SessionGone, SessionUnavailable, session_destroyed, testing
 
 from .conftest import MakeApp, TestApp
+from .readme import readme
 from .servers import Server, eventually
-
-README = Path(__file__).parents[1] / "README.md"
 
 # The app that the README's tests are for.
 SHOP = """
@@ -73,7 +72,7 @@ def app(make_valkey_app: MakeApp) -> TestApp:
 
 def test_the_readme(tmp_path: Path) -> None:
     """The example in the README is a test suite that passes, and nothing of it stays."""
-    text = README.read_text().partition("## Testing your app")[2]
+    text = readme().partition("## Testing your app")[2]
     (tmp_path / "shop.py").write_text(SHOP)
     for name in ("conftest.py", "test_shop.py"):
         block = re.search(rf"```python\n(# {re.escape(name)}\n.*?)```", text, re.DOTALL)
