@@ -12,7 +12,8 @@
 --           time for former digests and empty sessions in ms; most bytes of the session, names and values
 -- ARGV[4]   base, packed: version and write id; empty: a blind write
 -- ARGV[5]   own commits of this request since the base, 4 bytes of each write id
--- ARGV[6]   fields set, packed: check (0 none, 1 report, 2 strict), ttl in ms (0 none), name, value
+-- ARGV[6]   fields set, packed: check (0 none, 1 report, 2 strict), ttl in ms (0 none, 2^48 - 1: the end
+--           that the field has now), name, value
 -- ARGV[7]   fields deleted, packed: check, name
 -- ARGV[8]   fields that must not have changed either, packed names; '*': all of them
 -- ARGV[9]   new digest, 32 bytes: rotate; empty: keep the secret
@@ -70,6 +71,7 @@ local PENDING, PENDING_BYTES = '>c32I6', 38      -- digest offered and not yet p
 local NONE = ('\0'):rep(8)
 local RING, RING_HEAD = '>I7I7B', 15                -- floor us, last halving us, ids from before it
 local TRANSIT = 20000                            -- microseconds by which two calls' transits may differ
+local KEEP = 2 ^ 48 - 1                          -- a ttl: the end that the field has now
 local EVERYTHING = 255                           -- a journal entry that names no fields
 local QUIET, BUSY = 64, 768                      -- bytes of ring and of journal
 local CHUNK = 7000                               -- arguments that unpack takes
@@ -207,20 +209,37 @@ local function take_out(name)
   if length > 0 then after, fields = after - length - #name, fields - 1 end
 end
 local at, check, ttl, name, value = 1
+if clear then deadlines = false end
+local due_at = {}
+while deadlines and at <= #deadlines do
+  local deadline
+  name, deadline, at = struct.unpack('>I4c0I6', deadlines, at)
+  due_at[name] = deadline
+end
+at = 1
 while at <= #packed_sets do
   check, ttl, name, value, at = struct.unpack('>BI6I4c0I4c0', packed_sets, at)
-  writes[#writes + 1] = name
-  writes[#writes + 1] = value
   if check > 0 then
     checks = checks or {}
     checks[name] = check
   end
-  if ttl > 0 then
-    ttls = ttls or {}
-    ttls[name] = ttl
-  end
   take_out(name)
-  after, fields = after + #name + #value, fields + 1
+  local lapsed = false
+  if ttl == KEEP then
+    ttl = due_at[name] and due_at[name] - now or 0
+    lapsed = ttl < 0 or due_at[name] == now
+  end
+  if lapsed then
+    removed[#removed + 1] = name
+  else
+    if ttl > 0 then
+      ttls = ttls or {}
+      ttls[name] = ttl
+    end
+    writes[#writes + 1] = name
+    writes[#writes + 1] = value
+    after, fields = after + #name + #value, fields + 1
+  end
 end
 local last_set = #writes
 at = 1
@@ -236,7 +255,6 @@ end
 
 -- Fields with an end of their own: keep the list, and take out what has expired.
 local kept_deadlines, expired
-if clear then deadlines = false end
 if deadlines or ttls then
   kept_deadlines, expired = {}, {}
   local mine = {}

@@ -155,7 +155,7 @@ _SETTINGS: Mapping[str, tuple[str, readers.Reader]] = {
     "SESSION_RENEW_AFTER": ("renew_after_ms", readers.optional(_POSITIVE_MS)),
     "SESSION_ROTATION_GRACE": ("grace_ms", _POSITIVE_MS),
     "SESSION_TOUCH_INTERVAL": ("touch_interval_ms", readers.optional(milliseconds)),
-    "SESSION_MAX_BYTES": ("max_bytes", readers.integer(1)),
+    "SESSION_MAX_BYTES": ("max_bytes", readers.integer(1, 2**32 - 1)),
     "SESSION_SERIALIZER": ("serializer", readers.serializer),
     "SESSION_ENCRYPTION_KEYS": ("encryption_keys", readers.encryption_keys),
     "SESSION_LOGIN_HOOKS": ("login_hooks", readers.flag),

@@ -27,12 +27,16 @@ class Check(IntEnum):
     STRICT = 2
 
 
+#: In the place of a ttl: the end that the field has now, if it has one.
+KEEP: Final = (1 << 48) - 1
+
+
 class Put(NamedTuple):
     """One field set."""
 
     value: bytes
     check: Check = Check.NONE
-    #: Milliseconds after which it disappears by itself, 0 for never.
+    #: Milliseconds after which it disappears by itself, 0 for never, :data:`KEEP` for when it would anyway.
     ttl_ms: int = 0
 
 
@@ -97,26 +101,26 @@ class Delta(NamedTuple):
         :param state: ``@v`` as it now is.
         :param now_ms: the moment of the commit, milliseconds of the server's clock.
         """
+        ends: Mapping[bytes, int] = {}
         if base is None or self.cleared:
             fields: dict[bytes, bytes] = {}
             deadlines: dict[bytes, int] = {}
             lifetime_ms = principal = label = None
         else:
-            fields = dict(base.fields)
-            deadlines = dict(base.deadlines)
+            ends = base.deadlines
+            fields, deadlines = _left_of(base, now_ms)
             lifetime_ms, principal, label = base.lifetime_ms, base.principal, base.label
-            for name, deadline in base.deadlines.items():
-                if deadline <= now_ms:
-                    fields.pop(name, None)
-                    del deadlines[name]
         for name in self.deletes:
             fields.pop(name, None)
             deadlines.pop(name, None)
         for name, put in self.sets.items():
-            fields[name] = put.value
             deadlines.pop(name, None)
-            if put.ttl_ms:
-                deadlines[name] = now_ms + put.ttl_ms
+            end = _end(put, ends.get(name, 0), now_ms)
+            if end is None:  # it was to keep its end, and that has passed
+                continue
+            fields[name] = put.value
+            if end:
+                deadlines[name] = end
         if self.lifetime_ms is not None:
             lifetime_ms = self.lifetime_ms or None
         if self.principal:
@@ -124,3 +128,18 @@ class Delta(NamedTuple):
         if self.label:
             label = self.label.value
         return Snapshot(identity, state, fields, lifetime_ms, principal, label, deadlines)
+
+
+def _left_of(base: Snapshot, now_ms: int) -> tuple[dict[bytes, bytes], dict[bytes, int]]:
+    fields, deadlines = dict(base.fields), dict(base.deadlines)
+    for name, deadline in base.deadlines.items():
+        if deadline <= now_ms:
+            fields.pop(name, None)
+            del deadlines[name]
+    return fields, deadlines
+
+
+def _end(put: Put, before: int, now_ms: int) -> int | None:
+    if put.ttl_ms != KEEP:
+        return now_ms + put.ttl_ms if put.ttl_ms else 0
+    return None if 0 < before <= now_ms else before

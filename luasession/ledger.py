@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from . import merge
 from .codec import Serializer, is_immutable
-from .delta import Change, Check, Delta, Put
+from .delta import KEEP, Change, Check, Delta, Put
 from .errors import SessionConflict
 from .outcome import Applied, Conflicting
 from .policy import Policies
@@ -214,17 +214,21 @@ class Ledger:
         for key, given in self._given.items():
             raw = self._encode(key, self._values[key])
             if raw != given and raw != self._again(key, given):
-                sets[field_name(key)] = Put(raw, self._check(key), self._remaining(field_name(key)))
+                # Changed in place, a key keeps the end that it was given.
+                sets[field_name(key)] = Put(raw, self._check(key), KEEP)
         deletes: dict[bytes, Check] = {}
         for key in self._deletes:
             if self._may_hold(key):
                 deletes[field_name(key)] = self._check(key)
-        delta = Delta(self._base, self._own, sets, deletes, cleared=self.cleared)
-        if self._policies.serializable and self._base is not None and delta:
-            changed = sets.keys() | deletes.keys()
-            reads = None if self._read_all else frozenset(map(field_name, self._reads)) - changed
-            delta = delta._replace(reads=reads)
-        return delta
+        return Delta(self._base, self._own, sets, deletes, cleared=self.cleared)
+
+    def guarded(self, delta: Delta) -> Delta:
+        """Return a delta that is stored only if what was read still holds, where the policy wants that."""
+        if not self._policies.serializable or self._base is None or not delta:
+            return delta
+        changed = delta.sets.keys() | delta.deletes.keys()
+        reads = None if self._read_all else frozenset(map(field_name, self._reads)) - changed
+        return delta._replace(reads=reads)
 
     def may_have_changed(self) -> bool:
         """Whether making the delta is worth the while."""
@@ -245,7 +249,14 @@ class Ledger:
         delta, name = self.delta(), field_name(key)
         sets = {name: delta.sets[name]} if name in delta.sets else {}
         deletes = {name: delta.deletes[name]} if name in delta.deletes else {}
-        return delta._replace(sets=sets, deletes=deletes)
+        return self.guarded(delta._replace(sets=sets, deletes=deletes))
+
+    def is_default(self, key: str) -> bool:
+        """Whether this request has set a key since it had found it missing, as ``setdefault`` does."""
+        if key not in self._sets or key not in self._reads or self._sets[key]:
+            return False
+        stored = self._snapshot and self._snapshot.value(field_name(key), self._now_ms)
+        return stored is None and not self.cleared
 
     def whole(self, delta: Delta) -> Delta:
         """Return a delta that sets all that this request sees, for a session of its own."""
@@ -289,7 +300,8 @@ class Ledger:
         try:
             raw = self._serializer.dumps(value)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"session[{key!r}] cannot be stored: {error}") from error
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"session[{key!r}] cannot be stored: {error}") from error
         if isinstance(raw, str):
             raw = raw.encode("utf-8", "surrogatepass")
         if not raw:
@@ -320,7 +332,6 @@ class Ledger:
         return self._snapshot is not None and field_name(key) in self._snapshot.fields
 
     def _remaining(self, name: bytes) -> int:
-        # Changed in place, a key keeps the end that it was given.
         deadline = self._snapshot.deadlines.get(name) if self._snapshot else None
         return max(deadline - self._now_ms, 1) if deadline else 0
 
@@ -441,30 +452,48 @@ class Ledger:
         :param ours: what this request changed.
         :param sent: what was applied: the same, or merged with what somebody else stored.
         """
-        # Whoever commits on top of the version that he has read has seen everything up to his own.
-        exact = created or sent.cleared or (self._base is not None and applied.replaced == self._base)
-        if exact and applied.snapshot is not None:
-            self._snapshot, self._loaded = applied.snapshot, True
-        elif exact or self._loaded:
-            base = None if created else self._snapshot
-            self._snapshot = applied.stored.over(base, applied.identity, applied.state, applied.now_ms)
-            self._loaded = True
-        if exact:
-            self._base, self._own = applied.version.to_bytes(4) + applied.write_id, ()
-        elif self._base is not None:
-            self._own = (*self._own, applied.write_id)
+        self._advance(sent, applied, created=created)
         for name in sent.deletes:
             self._forget_stored(session_key(name) or "")
         for name, put in sent.sets.items():
             key = session_key(name) or ""
             if put is not ours.sets.get(name):
-                self._forget_stored(key)
+                self._take_over(key, put.value)
                 continue
             self._sets.pop(key, None)
             if key in self._values and not is_immutable(self._values[key]):
                 self._given[key] = put.value
         if sent.cleared:
             self.cleared = False
+
+    def _advance(self, sent: Delta, applied: Applied, *, created: bool) -> None:
+        # Whoever commits on top of the version that he has read has seen everything up to his own.
+        exact = created or sent.cleared or (self._base is not None and applied.replaced == self._base)
+        if exact and applied.snapshot is not None:
+            self._snapshot, self._loaded = applied.snapshot, True
+        elif exact or self._loaded:
+            base = None if created else self._snapshot
+            state = applied.state
+            if base is not None and not exact and sent.permanent is None:
+                # Permanence is of the version that was read, as all else is.
+                state = state[:35] + base.state[35:36] + state[36:]
+            self._snapshot = applied.stored.over(base, applied.identity, state, applied.now_ms)
+            self._loaded = True
+        self._now_ms = self._now_ms or applied.now_ms
+        if exact:
+            self._base, self._own = applied.version.to_bytes(4) + applied.write_id, ()
+        elif self._base is not None:
+            self._own = (*self._own, applied.write_id)
+
+    def _take_over(self, key: str, raw: bytes) -> None:
+        # Merged with what somebody else stored. Who holds the value goes on with the merged one.
+        live: Any = self._values.get(key)
+        merged = self._decoded(raw)
+        self._forget_stored(key)
+        if type(live) is type(merged) and isinstance(live, (list, dict, set)):
+            live.clear()
+            (live.extend if isinstance(live, list) else live.update)(merged)
+            self._values[key], self._given[key] = live, raw
 
     def _forget_stored(self, key: str) -> None:
         # Deleted, or merged with what somebody else stored: it is read afresh.

@@ -14,6 +14,7 @@ from datetime import timedelta
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 from .errors import ConfigurationError
 from .location import is_location, read_location
@@ -105,7 +106,7 @@ flag = must_be("True or False", lambda value: isinstance(value, bool))
 # Braces would put all sessions of a cluster into one slot.
 prefix = must_be(
     "a text that is not empty and has no braces",
-    lambda value: isinstance(value, str) and re.fullmatch(r"[^{}]+", value) is not None,
+    lambda value: isinstance(value, str) and re.fullmatch(r"[^{}\ud800-\udfff]+", value) is not None,
 )
 
 # Their loads runs what the bytes say: whoever can write to Redis would own the app.
@@ -171,11 +172,21 @@ def redis_url(value: object, key: str) -> str:
     if isinstance(value, str) and scheme and scheme[1] in _SCHEMES:
         if is_location(value):
             read_location(value, key)
+        elif not _has_a_port(value):
+            raise ConfigurationError(f"{key} has a port that is none: it must be a number from 0 to 65535")
         return value
     found = repr(scheme[1]) if scheme else "none"
     raise ConfigurationError(
         f"{key} must be a URL with one of the schemes {', '.join(_SCHEMES)}; its scheme is {found}"
     )
+
+
+def _has_a_port(url: str) -> bool:
+    try:
+        urlsplit(url).port  # noqa: B018 - it is looked at, and raises
+    except ValueError:
+        return False
+    return True
 
 
 def client(value: Any, key: str) -> Any:

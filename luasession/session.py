@@ -13,7 +13,7 @@ from flask.sessions import SessionMixin
 
 from . import merge, signals
 from .clock import now_ns
-from .delta import Change, Check, Delta, Put, Rotation
+from .delta import KEEP, Change, Check, Delta, Put, Rotation
 from .errors import ConfigurationError, SessionConflict, SessionGone
 from .ledger import Conflict, Ledger
 from .outcome import Applied, Conflicting, Refused, Standing
@@ -97,8 +97,7 @@ class LuaSession(SessionMixin):
         :raise TypeError: if the key is not a str.
         :raise ValueError: if ``ttl`` is not a positive time.
         """
-        if not isinstance(key, str):
-            raise TypeError(f"a session key must be a str, not {type(key).__name__}: {key!r}")
+        _check_key(key)
         ttl_ms = 0 if ttl is None else _milliseconds(ttl, "ttl", at_least=1)
         self._visit.used = True
         if self._saved:
@@ -133,6 +132,8 @@ class LuaSession(SessionMixin):
     @property
     def sid(self) -> str | None:
         """The session id that the cookie carries; secret. None until the session exists."""
+        if not self._visit.has_browser:
+            return None
         return self._visit.id.sid if self._snapshot and self._visit.id else None
 
     @property
@@ -275,39 +276,46 @@ class LuaSession(SessionMixin):
         self._destroyed = False
         self._start()
         self._ledger.start_from(self._visit.reload())
+        self._visit.failed = False
 
     def atomic_update(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
         """Replace a value by what a function makes of it, exactly, under any concurrency.
 
         The function runs again until its result was stored on the very value that it
-        was given, so it must do nothing but compute. It is stored at once.
+        was given, so it must do nothing but compute. It is stored at once. A key with an
+        end of its own (``ttl``) keeps that.
 
         :param default: what the function gets where the key is missing.
         :return: the value stored.
         :raise SessionConflict: if it did not succeed within ``SESSION_REDIS_DEADLINE``.
         :raise SessionGone: if the session has ended, or was rotated away.
         """
+        _check_key(key)
         if self._destroyed or self._ledger.cleared:
             self.commit()
-        if self._ledger.is_pending(key):
-            # On top of this request's own change, which decides about the key as it would anyway.
-            self._ledger.set(key, function(self._ledger.get(key)))
+        if self._ledger.is_default(key):
+            # Set because it was missing: for whoever finds one by now, that counts.
+            default = self._ledger.get(key)
+            self._ledger.forget(key)
+        elif self._ledger.is_pending(key):
+            # This request's own change comes first, and is decided about as it would be anyway.
             self._finish(self._commit(self._ledger.delta_of(key)))
-            return self._ledger.get(key)
+            self._ledger.forget(key)
         name = field_name(key)
 
         def stored_on(given: Any, base: Pair | None, own: tuple[bytes, ...] = ()) -> Delta:
             self._ledger.set(key, function(given))
             raw = self._ledger.encoded(key)
-            return Delta(base, own, {name: Put(raw, Check.STRICT if base else Check.NONE)})
+            return Delta(base, own, {name: Put(raw, Check.STRICT if base else Check.NONE, KEEP)})
 
         def again(_delta: Delta, conflicting: Conflicting) -> Delta:
             given = self._ledger.stored(key, conflicting.current)
             return stored_on(default if given is merge.MISSING else given, conflicting.pair)
 
+        position = self._ledger.position
         given = self.get(key, default)
         try:
-            delta = stored_on(given, *self._ledger.position)
+            delta = stored_on(given, *position)
             result = self._visit.commit(delta)
             if isinstance(result, Conflicting):
                 delta, result = self._again(delta, result, again)
@@ -351,6 +359,9 @@ class LuaSession(SessionMixin):
         visit = self._visit
         if visit.failed or not visit.used:
             visit.close()
+            if visit.failed and self._may_have_changed():
+                # It could not be read or stored, and whoever caught that error goes on. So it is told.
+                self._tell_discarded("unavailable")
             return
         try:
             refused = self._apply()
@@ -405,7 +416,7 @@ class LuaSession(SessionMixin):
     def _delta(self) -> Delta:
         delta = self._ledger.delta()
         if not self._changes:
-            return delta
+            return self._ledger.guarded(delta)
         changes = dict(self._changes)
         if self._visit.id is None:
             changes.pop("rotation", None)
@@ -413,7 +424,7 @@ class LuaSession(SessionMixin):
             # Never blind: set to what is stored, they change nothing. What rides on other changes anyway
             # need not be compared, except for the principal, whose index entry moves with it.
             self._drop_unchanged(changes)
-        return delta._replace(**changes)
+        return self._ledger.guarded(delta._replace(**changes))
 
     def _drop_unchanged(self, changes: dict[str, Any]) -> None:
         if (snapshot := self._snapshot) is None:
@@ -518,12 +529,18 @@ class LuaSession(SessionMixin):
             )
 
     def _discard(self, refused: Refused) -> None:
-        self._visit.count("discards")
-        self._visit.notify(
-            signals.session_discarded, handle=self._visit.presented_handle, reason=refused.standing.value
-        )
+        self._tell_discarded(refused.standing.value)
         self._start()
         self._ledger.start_from(None)
+
+    def _tell_discarded(self, reason: str) -> None:
+        self._visit.count("discards")
+        self._visit.notify(signals.session_discarded, handle=self._visit.presented_handle, reason=reason)
+
+
+def _check_key(key: str) -> None:
+    if not isinstance(key, str):
+        raise TypeError(f"a session key must be a str, not {type(key).__name__}: {key!r}")
 
 
 def _milliseconds(value: float | timedelta, name: str, at_least: int) -> int:

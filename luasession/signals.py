@@ -22,8 +22,8 @@ session_conflict = _signals.signal("session-conflict")
 session_rotated = _signals.signal("session-rotated")
 #: The session was ended.
 session_destroyed = _signals.signal("session-destroyed")
-#: A delta was dropped, since its session had ended or had been rotated away;
-#: ``reason``, one of ``"gone"`` and ``"stale"``.
+#: A delta was dropped; ``reason``: its session had ended (``"gone"``) or had been rotated away
+#: (``"stale"``), or Redis had not answered before and the view went on (``"unavailable"``).
 session_discarded = _signals.signal("session-discarded")
 #: A stored value did not decode and reads as missing; ``key`` and ``error``.
 session_corrupt = _signals.signal("session-corrupt")

@@ -214,7 +214,12 @@ class Visit:
         rotate_to = self._id.rotated(self.config.id_length) if delta.rotation else None
         offer = None if rotate_to else self._offer()
         self._enter(self._id, delta)
-        result = self._store.commit(self._id, delta, self.caller, rotate_to=rotate_to, offer=offer)
+        try:
+            result = self._store.commit(self._id, delta, self.caller, rotate_to=rotate_to, offer=offer)
+        except SessionUnavailable:
+            # It may have been applied all the same: sent once more, it would be another commit (G6).
+            self.failed = True
+            raise
         if isinstance(result, Applied):
             self.standing = Standing.FORMER if result.former else Standing.LIVE
             if rotate_to:
@@ -239,15 +244,21 @@ class Visit:
 
     def create(self, delta: Delta) -> Applied | Refused:
         """Start a session of this request's own."""
-        if not delta.creates or self._closed:
+        if not delta.creates:
             return Refused(Standing.MISSING)
+        if self._closed:
+            raise RuntimeError("the response has been sent: a session cannot be started any more")
         if delta.permanent is None:
             delta = delta._replace(permanent=self.config.permanent)
         session_id = new_session_id(self.config.id_length)
         self._hint = 0
         self._principal = None
         self._enter(session_id, delta)
-        result = self._store.create(session_id, delta, self.caller)
+        try:
+            result = self._store.create(session_id, delta, self.caller)
+        except SessionUnavailable:
+            self.failed = True
+            raise
         if isinstance(result, Refused):
             # Nobody else knows the handle, save who found it in its principal's index and ended it there.
             self.standing = Standing.GONE

@@ -197,12 +197,13 @@ def test_missing_is_gone_to_whoever_read_it() -> None:
 
 @pytest.mark.parametrize("delta", [Delta(), Delta(label=Change("x")), Delta(cleared=True)], ids=repr)
 def test_not_every_delta_starts_a_session(delta: Delta) -> None:
-    """Without a field or a principal nothing is made, nor once the response is on its way."""
+    """Without a field or a principal nothing is made; once the response is on its way that is an error (G15)."""
     store = store_with()
     assert visit_to(store, "").commit(delta) == Refused(Standing.MISSING)
     closed = visit_to(store, "")
     closed.close()
-    assert closed.commit(WRITE) == Refused(Standing.MISSING)
+    with pytest.raises(RuntimeError, match="the response has been sent"):
+        closed.commit(WRITE)
     store.create.assert_not_called()
 
 
