@@ -75,7 +75,7 @@ def time_of(kind: str, socket: str, calls: int) -> list[Row]:
         rows.append({**row, "mean": round(mean, 2), **clock.percentiles(command)})
 
     for shape in (SMALL, LARGE, HUGE):
-        few = max(5, calls // (20 if shape == HUGE else 1))
+        few = max(5, calls // (10 if shape == HUGE else 1))
         # Flask-Session's parallel: one GET, one SET of all.
         for what, name, path, command in (
             ("load, cold", COLD, "/read", "hgetall"),

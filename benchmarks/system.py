@@ -191,16 +191,14 @@ def measure(
                 elapsed = time.perf_counter() - started
                 count = len(taken)
                 after = _cpu_of_children(pid)
-                server_cpu, wire = (
-                    b - a for a, b in zip((server_cpu, wire), _server_state(client), strict=True)
-                )
+                server_cpu_after, wire_after = _server_state(client)
                 times[name] += taken
                 series[name].append(
                     {
                         "requests_per_second": count / elapsed,
                         "worker_us": None if cpu is None or after is None else (after - cpu) / count * 1e6,
-                        "redis_us": server_cpu / count * 1e6,
-                        "redis_bytes": wire / count,
+                        "redis_us": (server_cpu_after - server_cpu) / count * 1e6,
+                        "redis_bytes": (wire_after - wire) / count,
                     }
                 )
     client.close()

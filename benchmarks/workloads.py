@@ -42,6 +42,30 @@ SHAPES: dict[str, dict[str, Any]] = {
 SMALL, MIXED, LARGE, HUGE = SHAPES
 
 
+def _read() -> str:
+    return str(session.get("key1"))[:1]
+
+
+def _read_all() -> str:
+    return str(len(dict(session)))
+
+
+def _change() -> str:
+    session["count"] = session.get("count", 0) + 1
+    return "x"
+
+
+def _nested() -> str:
+    session.setdefault("cart", {"changes": 0})["changes"] += 1
+    session.modified = True  # the others see a nested change only so
+    return "x"
+
+
+def _logout() -> str:
+    session.clear()
+    return "x"
+
+
 def install(app: Flask, data: Mapping[str, Any]) -> None:
     """Give an app the views, for sessions that hold this data to begin with."""
     numbers = count()
@@ -51,23 +75,8 @@ def install(app: Flask, data: Mapping[str, Any]) -> None:
         session.update(data, count=0, cart={"items": [1, 2, 3], "changes": 0})
         return "x"
 
-    def read() -> str:
-        return str(session.get("key1"))[:1]
-
-    def read_all() -> str:
-        return str(len(dict(session)))
-
     def write() -> str:
         session["key1"] = f"{next(numbers):038}"
-        return "x"
-
-    def change() -> str:
-        session["count"] = session.get("count", 0) + 1
-        return "x"
-
-    def nested() -> str:
-        session.setdefault("cart", {"changes": 0})["changes"] += 1
-        session.modified = True  # the others see a nested change only so
         return "x"
 
     def login() -> str:
@@ -76,9 +85,23 @@ def install(app: Flask, data: Mapping[str, Any]) -> None:
         session["user"] = "ada"
         return "x"
 
-    def logout() -> str:
-        session.clear()
-        return "x"
+    for path, view in {
+        "/untouched": lambda: "x",
+        "/start": start,
+        "/read": _read,
+        "/all": _read_all,
+        "/write": write,
+        "/change": _change,
+        "/nested": _nested,
+        "/login": login,
+        "/logout": _logout,
+    }.items():
+        app.add_url_rule(path, path, view)
+    _install_overlaps(app)
+
+
+def _install_overlaps(app: Flask) -> None:
+    """Add the views of requests that meet others on the same session."""
 
     def own(key: str, pause: int) -> str:
         time.sleep(pause / 1000)
@@ -101,15 +124,6 @@ def install(app: Flask, data: Mapping[str, Any]) -> None:
         return f"{sum(key.startswith('own') for key in session)} {session.get('count', 0)}"
 
     for path, view in {
-        "/untouched": lambda: "x",
-        "/start": start,
-        "/read": read,
-        "/all": read_all,
-        "/write": write,
-        "/change": change,
-        "/nested": nested,
-        "/login": login,
-        "/logout": logout,
         "/own/<key>/<int:pause>": own,
         "/counter/<key>/<int:pause>": counter,
         "/overlap": overlap,
