@@ -8,7 +8,8 @@ from typing import Any
 from .peers import CACHED, COLD, FLOOR, LOADED, RIVAL, VALIDATING, Peer
 from .samples import Row, summary
 
-_NAMES = (FLOOR, LOADED, RIVAL, COLD, VALIDATING, CACHED)
+#: Whose growth is drawn.
+PEERS = (FLOOR, LOADED, RIVAL, COLD, VALIDATING, CACHED)
 _PATHS = {"read one key": "/read", "read, change": "/change"}
 
 
@@ -26,7 +27,7 @@ def measure(socket: str, rounds: int, calls: int, say: Callable[[str], None]) ->
     rows: list[Row] = []
     for axis, size, data in _shapes():
         say(f"growth: {size} {axis}")
-        peers = {name: Peer(name, socket, data) for name in _NAMES}
+        peers = {name: Peer(name, socket, data) for name in PEERS}
         series: dict[tuple[str, str], list[float]] = {}
         for _ in range(rounds):
             for workload, path in _PATHS.items():

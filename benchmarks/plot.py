@@ -119,6 +119,8 @@ def _growth(result: dict[str, Any], theme: Theme) -> Figure:
                 axes.plot(*zip(*points, strict=True), **_style(peer, theme))
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.set_xlabel("bytes in ten keys" if axis == "bytes" else "keys of 40 bytes")
             axes.set_title(workload, loc="left")
             _finish(axes, theme, "y")
@@ -149,11 +151,16 @@ def _contention(result: dict[str, Any], theme: Theme) -> Figure:
         axes.set_yscale("log", base=2 if axes is kept else 10)
         axes.set_xticks(many, [str(each) for each in many])
         axes.minorticks_off()
+        axes.margins(y=0.12)
         axes.set_xlabel("parallel requests on one session, each sets its own key")
         axes.set_ylabel(y)
         axes.set_title(title, loc="left")
         _finish(axes, theme, "y")
     kept.set_yticks(many, [str(each) for each in many])
+    taken.yaxis.set_major_formatter("{x:g}")
+    best = max(row["kept"] for row in rows)
+    _note(kept, "luasession, and what waits for a lock", (many[-1], best), (-16, -2), theme)
+    _note(kept, "signed cookie and Flask-Session", (many[-1], 1), (0, 12), theme)
     _legend(figure, kept, theme)
     return figure
 
@@ -198,7 +205,7 @@ def _system(result: dict[str, Any], theme: Theme) -> Figure:
     rate.invert_yaxis()
     rate.margins(x=0.16)
     rate.set_title("Requests per second: right is better", loc="left")
-    late.set_title("Milliseconds (dot P50, diamond P90, bar P99): left is better", loc="left", fontsize=10)
+    late.set_title("Milliseconds: P50 dot, P90 diamond, P99 bar", loc="left")
     late.set_xlim(left=0)
     for axes in (rate, late):
         _finish(axes, theme, "x")
@@ -218,6 +225,10 @@ def _finish(axes: Axes, theme: Theme, grid: str) -> None:
     axes.grid(axis=grid, which="major", color=theme.faint, linewidth=0.6)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _note(axes: Axes, text: str, at: tuple[float, float], shift: tuple[int, int], theme: Theme) -> None:
+    axes.annotate(text, at, shift, textcoords="offset points", ha="right", va="center", color=theme.ink)
 
 
 def _legend(figure: Figure, axes: Axes, theme: Theme) -> None:

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +37,32 @@ def serve(name: str, redis_socket: str) -> Flask:
     return make_app(name, redis_socket, TEN)
 
 
-@contextmanager
-def _gunicorn(name: str, redis_socket: str, folder: Path) -> Iterator[tuple[int, str]]:
-    """Serve a peer for the block, on a unix socket; give the process and the socket."""
-    path = str(folder / f"{len(list(folder.iterdir()))}.sock")
-    command = [sys.executable, "-m", "gunicorn", f"benchmarks.system:serve({name!r}, {redis_socket!r})"]
-    command += ["--bind", f"unix:{path}", "--workers", str(PROCESSES), "--threads", str(THREADS), "--preload"]
-    command += ["--keep-alive", "60", "--log-level", "error"]
-    # gunicorn keeps a socket for its own control; it goes with the rest.
-    environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
-    process = subprocess.Popen(command, cwd=_ROOT, env=environment, start_new_session=True)
-    try:
-        yield process.pid, path
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(_PATIENCE)
+class _Gunicorns:
+    """Web servers that run for a block, each on a unix socket in one folder."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> _Gunicorns:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for process in self._processes:
+            process.send_signal(signal.SIGTERM)
+        for process in self._processes:
+            process.wait(_PATIENCE)
+
+    def start(self, name: str, redis_socket: str) -> tuple[int, str]:
+        """Serve a peer; return the process id and the socket, which soon answers."""
+        path = f"{self._folder}/{len(self._processes)}.sock"
+        command = [sys.executable, "-m", "gunicorn", f"benchmarks.system:serve({name!r}, {redis_socket!r})"]
+        command += ["--bind", f"unix:{path}", "--workers", str(PROCESSES), "--threads", str(THREADS)]
+        command += ["--preload", "--keep-alive", "60", "--log-level", "error"]
+        # gunicorn keeps a socket for its own control; it goes with the rest.
+        environment = {**os.environ, "XDG_RUNTIME_DIR": self._folder}
+        self._processes.append(subprocess.Popen(command, cwd=_ROOT, env=environment, start_new_session=True))
+        return self._processes[-1].pid, path
 
 
 class _Client:
@@ -173,22 +184,24 @@ def measure(
     client = redis.Redis(unix_socket_path=redis_socket, protocol=2)
     series: dict[str, list[Row]] = {name: [] for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory(prefix="luasession-web-") as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="luasession-web-") as folder, _Gunicorns(folder) as web:
         say("starting gunicorn")
-        served = {}
-        for place, name in enumerate(names):
-            pid, path = stack.enter_context(_gunicorn(name, redis_socket, Path(folder)))
-            served[name] = pid, _Client(path, population, name, place)
-            served[name][1].wait()
+        started = {name: web.start(name, redis_socket) for name in names}
+        served = {
+            name: (pid, _Client(path, population, name, place))
+            for place, (name, (pid, path)) in enumerate(started.items())
+        }
+        for _, browsers in served.values():
+            browsers.wait()
         for number in range(rounds):
             for name, (pid, browsers) in served.items():
                 say(f"gunicorn, round {number + 1} of {rounds}: {name}")
                 browsers.run(min(_WARM_UP, seconds), 1000 + number)
                 cpu = _cpu_of_children(pid)
                 server_cpu, wire = _server_state(client)
-                started = time.perf_counter()
+                begun = time.perf_counter()
                 taken = browsers.run(seconds, number)
-                elapsed = time.perf_counter() - started
+                elapsed = time.perf_counter() - begun
                 count = len(taken)
                 after = _cpu_of_children(pid)
                 server_cpu_after, wire_after = _server_state(client)
