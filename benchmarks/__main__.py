@@ -44,6 +44,7 @@ def run(effort: Effort, say: report.Progress) -> dict[str, Any]:
             client.flushdb()
             say(f"{effort.population} sessions")
             people = population.Population(socket, effort.population)
+            result["population"] = people.rows
             say("the mix")
             result["requests"] += population.measure(people, socket, *effort.mix)
             result["system"] = system.measure(socket, people, effort.system, effort.all_systems, say)

@@ -41,8 +41,16 @@ class Population:
             family(COLD): [each.sid for each in ids],
             family(RIVAL): [each.sid for each in ids],
         }
-        _pour(client, _copies_of_ours(client, ours.partition(".")[0], ids))
-        _pour(client, _copies_of_theirs(client, theirs, ids))
+        #: What one of them takes of the server's memory, all told.
+        self.rows: list[Row] = []
+        for name, copies in (
+            (COLD, _copies_of_ours(client, ours.partition(".")[0], ids)),
+            (RIVAL, _copies_of_theirs(client, theirs, ids)),
+        ):
+            before = client.info("memory")["used_memory"]
+            _pour(client, copies)
+            taken = client.info("memory")["used_memory"] - before
+            self.rows.append({"peer": name, "sessions": count, "bytes_each": round(taken / count)})
         client.close()
 
     def jar(self, name: str, place: int, who: int) -> dict[str, str]:

@@ -139,6 +139,11 @@ def show(result: dict[str, Any]) -> None:
         ("server", "hash-max-listpack-value", "shape", "peer", "new", "worn"),
         [tuple(row.values()) for row in result["memory"]],
     )
+    _table(
+        "Memory of many new sessions of 10 fields, bytes of each with what the server keeps beside",
+        ("", "sessions", "bytes"),
+        [tuple(row.values()) for row in result["population"]],
+    )
     spread = result["spread"]
     print(
         f"\n{spread['handles']} handles over {spread['slots']} slots: chi-squared {spread['chi_squared']} at"

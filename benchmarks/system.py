@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import redis
 from flask import Flask
@@ -44,7 +44,7 @@ class _Gunicorns:
         self._folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def __enter__(self) -> _Gunicorns:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -72,6 +72,7 @@ def test_every_other_row_is_there(result: dict[str, Any]) -> None:
     }
     assert names(result["memory"], "listpack", "shape") == set(product(("default", "1024"), workloads.SHAPES))
     assert result["spread"]["slots"] == 16384
+    assert names(result["population"], "peer") == {(peers.COLD,), (peers.RIVAL,)}
 
 
 def test_rows_have_percentiles(result: dict[str, Any]) -> None:
@@ -122,7 +123,7 @@ def test_pictures_are_drawn(path: Path) -> None:
     first = {each.name: each.read_bytes() for each in folder.iterdir()}
     assert first.keys() == PICTURES
     for drawn in first.values():
-        root = ElementTree.fromstring(drawn)
+        root = ET.fromstring(drawn)
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 20
     command = [sys.executable, "-m", "benchmarks.plot", str(path)]
