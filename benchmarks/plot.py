@@ -159,7 +159,7 @@ def _contention(result: dict[str, Any], theme: Theme) -> Figure:
     kept.set_yticks(many, [str(each) for each in many])
     taken.yaxis.set_major_formatter("{x:g}")
     best = max(row["kept"] for row in rows)
-    _note(kept, "luasession, and what waits for a lock", (many[-1], best), (-16, -2), theme)
+    _note(kept, "luasession, and what waits for a lock", (many[-1], best), (-4, 13), theme)
     _note(kept, "signed cookie and Flask-Session", (many[-1], 1), (0, 12), theme)
     _legend(figure, kept, theme)
     return figure

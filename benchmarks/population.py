@@ -75,6 +75,12 @@ class Population:
 def measure(population: Population, socket: str, rounds: int, calls: int) -> list[Row]:
     """Time the mix in this process."""
     peers = {name: Peer(name, socket, TEN) for name in PEERS if name != CHECKED}
+    for name, peer in peers.items():
+        if name != FLOOR:
+            # The copies are as good as the session that they were made from.
+            peer.call("/read", population.jar(name, 0, len(population.cookies[family(name)]) - 1))
+            if peer.body != b"v":
+                raise RuntimeError(f"{name} does not know its sessions")
     jars: dict[str, dict[int, dict[str, str]]] = {name: {} for name in peers}
     series: dict[str, list[float]] = {name: [] for name in peers}
     for number in range(rounds):
