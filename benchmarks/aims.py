@@ -114,7 +114,7 @@ def judge(result: dict[str, Any]) -> list[Row]:
     at_least(
         "requests/s under gunicorn to Flask-Session",
         2,
-        m.served(DEFAULTS, "requests_per_second") / m.served(LOADED, "requests_per_second"),
+        m.served(DEFAULTS, "rate_to_flask_session"),
     )
     at_most("P99 under gunicorn to Flask-Session", 1, m.served(DEFAULTS, "p99") / m.served(LOADED, "p99"))
     for pause in (0, 10):

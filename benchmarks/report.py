@@ -110,15 +110,25 @@ def show(result: dict[str, Any]) -> None:
     )
     _table(
         "Under gunicorn, the mix: microseconds, of CPU for a request",
-        ("", "requests/s", *PERCENTILES, "workers' CPU", "Redis' CPU", "bytes to and from Redis"),
+        (
+            "",
+            "requests/s",
+            "to Flask-Session",
+            *PERCENTILES,
+            "workers' CPU",
+            "Redis' CPU",
+            "bytes to and from Redis",
+        ),
         [
             (
                 row["peer"],
                 f"{row['requests_per_second']:.0f}",
+                f"{row['rate_to_flask_session']:.2f}",
                 *_figures(row),
-                row["worker_us"],
-                row["redis_us"],
-                row["redis_bytes"],
+                *(
+                    "" if row[name] is None else f"{row[name]:.1f}"
+                    for name in ("worker_us", "redis_us", "redis_bytes")
+                ),
             )
             for row in result["system"]
         ],

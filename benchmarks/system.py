@@ -26,7 +26,7 @@ from .samples import Row, median, summary
 _ROOT = Path(__file__).parents[1]
 PROCESSES, THREADS, CONNECTIONS = 2, 4, 8
 _PATIENCE = 30.0
-_WARM_UP = 0.3
+_WARM_UP = 0.5
 _LENGTH = re.compile(rb"\r\ncontent-length: (\d+)", re.IGNORECASE)
 _COOKIE = re.compile(r"\r\nset-cookie: ([^=;]+)=([^;\r]*)([^\r]*)", re.IGNORECASE)
 _MAX_AGE = re.compile(r"max-age=(\d+)", re.IGNORECASE)
@@ -215,6 +215,10 @@ def measure(
                     }
                 )
     client.close()
+    for name in names:
+        # Of the same round, so that what else the machine does meets both.
+        for here, there in zip(series[name], series[LOADED], strict=True):
+            here["rate_to_flask_session"] = here["requests_per_second"] / there["requests_per_second"]
     return [{"peer": name, **_middle(series[name]), **summary(times[name])} for name in names]
 
 
@@ -222,5 +226,5 @@ def _middle(rounds: list[Row]) -> Row:
     middle: Row = {}
     for name in rounds[0]:
         values = [each[name] for each in rounds if each[name] is not None]
-        middle[name] = round(median(values), 1) if values else None
+        middle[name] = round(median(values), 3) if values else None
     return middle
