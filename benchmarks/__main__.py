@@ -32,12 +32,10 @@ def run(effort: Effort, say: report.Progress) -> dict[str, Any]:
                 "effort": effort.name,
                 **report.about(client),
             }
-            say("the limit")
-            result["limits"] = limits.measure(socket, effort.commands)
-            result["requests"] = []
-            for shape, (rounds, calls) in effort.rounds.items():
-                result["requests"] += requests.measure(socket, shape, rounds, calls, say)
-                client.flushdb()
+            commands = limits.Limits(socket, effort.commands)
+            result["requests"] = requests.measure(socket, effort.rounds, commands, say)
+            result["limits"] = commands.rows()
+            client.flushdb()
             result["growth"] = growth.measure(socket, *effort.growth, say)
             client.flushdb()
             result["contention"] = contention.measure(socket, effort.parallel, effort.contention, say)

@@ -6,26 +6,31 @@ import redis
 
 from .samples import Row, summary, timed
 
-_ROUND = 25
 
+class Limits:
+    """The commands, timed in turn."""
 
-def measure(socket: str, calls: int) -> list[Row]:
-    """Time each command, interleaved."""
-    client = redis.Redis(unix_socket_path=socket, protocol=2)
-    value = b"v" * 40
-    client.hset("limit", mapping={f"key{n}": value for n in range(8)})
-    client.set("limit:blob", value * 8)
-    commands = {
-        "PING": client.ping,
-        "GET": lambda: client.get("limit:blob"),
-        "HSET": lambda: client.hset("limit", "key1", value),
-        "HGETALL": lambda: client.hgetall("limit"),
-    }
-    series: dict[str, list[float]] = {name: [] for name in commands}
-    while len(series["PING"]) < calls:
-        for name, command in commands.items():
+    def __init__(self, socket: str, calls: int) -> None:
+        client = redis.Redis(unix_socket_path=socket, protocol=2)
+        value = b"v" * 40
+        client.hset("limit", mapping={f"key{n}": value for n in range(8)})
+        client.set("limit:blob", value * 8)
+        self._commands = {
+            "PING": client.ping,
+            "GET": lambda: client.get("limit:blob"),
+            "HSET": lambda: client.hset("limit", "key1", value),
+            "HGETALL": lambda: client.hgetall("limit"),
+        }
+        self._series: dict[str, list[float]] = {name: [] for name in self._commands}
+        #: Of each command, in all.
+        self.calls = calls
+
+    def round(self, calls: int) -> None:
+        """Send each command so often."""
+        for name, command in self._commands.items():
             command()
-            series[name] += [timed(command) for _ in range(min(_ROUND, calls))]
-    client.delete("limit", "limit:blob")
-    client.close()
-    return [{"command": name, **summary(values)} for name, values in series.items()]
+            self._series[name] += [timed(command) for _ in range(calls)]
+
+    def rows(self) -> list[Row]:
+        """Return what was measured so far."""
+        return [{"command": name, **summary(values)} for name, values in self._series.items()]
