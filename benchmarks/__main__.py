@@ -1,135 +1,86 @@
-"""``python -m benchmarks``: one table, peers interleaved round by round, ratios and percentiles."""
+"""``python -m benchmarks``: peers interleaved round by round in one run; tables, JSON and pictures."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import redis
 
 from luasession import embedded
 
-from .peers import PEERS, SHAPES, Peer
+from . import aims, contention, growth, limits, plot, population, report, requests, server, system
+from .effort import FULL, QUICK, SMOKE, Effort
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Percentiles of one series, in microseconds."""
-
-    p50: float
-    p90: float
-    p99: float
-    most: float
-
-    @classmethod
-    def of(cls, seconds: list[float]) -> Summary:
-        ordered = sorted(value * 1e6 for value in seconds)
-        return cls(*(ordered[min(int(len(ordered) * q), len(ordered) - 1)] for q in (0.5, 0.9, 0.99, 1.0)))
-
-
-def _timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def _limits(socket: str, value: str) -> dict[str, Callable[[], object]]:
-    client = redis.Redis(unix_socket_path=socket, protocol=2)
-    client.hset("limit", mapping={f"key{n}": value for n in range(8)})
-    return {
-        "PING": client.ping,
-        "HGETALL of 8 x 40 B": lambda: client.hgetall("limit"),
-        "HSET of one field": lambda: client.hset("limit", "key1", value),
-    }
-
-
-def _print(title: str, rows: dict[str, Summary], floor: float, against: float) -> None:
-    print(f"\n{title}")
-    print(f"  {'':28}{'P50':>9}{'P90':>9}{'P99':>9}{'max':>10}{'above floor':>13}{'to Flask-Session':>18}")
-    for name, row in rows.items():
-        above = row.p50 - floor
-        ratio = f"{above / against:.2f}" if against > 0 and "luasession" in name else ""
-        print(
-            f"  {name:28}{row.p50:9.1f}{row.p90:9.1f}{row.p99:9.1f}{row.most:10.1f}{above:13.1f}{ratio:>18}"
-        )
-
-
-def _requests(
-    socket: str, shape: str, paths: list[str], rounds: int, calls: int
-) -> dict[str, dict[str, Summary]]:
-    peers = {
-        name: Peer(name, socket, shape)
-        for name in PEERS
-        # A browser keeps no cookie of 100 KB.
-        if not (name == "signed cookie" and shape != "8 x 40 B")
-    }
-    series: dict[str, dict[str, list[float]]] = {path: {name: [] for name in peers} for path in paths}
-    for _ in range(rounds):
-        for path in paths:
-            for name, peer in peers.items():
-                peer.call(path)  # the first call after another peer's has its caches to fill
-                series[path][name] += [peer.call(path) for _ in range(calls)]
-    return {
-        path: {name: Summary.of(values) for name, values in rows.items()} for path, rows in series.items()
-    }
-
-
-def _memory(socket: str) -> dict[str, int]:
-    client = redis.Redis(unix_socket_path=socket, protocol=2)
-    sizes = {}
-    for name, prefix in (("Flask-Session", "fs:"), ("luasession, cached", "session:")):
-        client.flushdb()
-        peer = Peer(name, socket, "8 x 40 B")
-        key = client.keys(f"{prefix}*")[0]
-        sizes[f"{name.partition(',')[0]}, new"] = int(client.memory_usage(key, samples=0))
-        for _ in range(20):
-            peer.call("/write")
-        sizes[f"{name.partition(',')[0]}, after 20 quick writes"] = int(client.memory_usage(key, samples=0))
-    return sizes
+def run(effort: Effort, say: report.Progress) -> dict[str, Any]:
+    """Measure everything; return the result, ready for JSON."""
+    logging.getLogger("luasession").setLevel(logging.ERROR)  # that the server is for demos is no news here
+    with tempfile.TemporaryDirectory(prefix="luasession-bench-") as folder:
+        home = Path(folder) / "server"
+        socket = embedded.start(home, name="benchmarks")
+        client = redis.Redis(unix_socket_path=socket, protocol=2)
+        try:
+            now = datetime.now(UTC)
+            result: dict[str, Any] = {
+                "date": f"{now:%Y-%m-%d}",
+                "effort": effort.name,
+                **report.about(client),
+            }
+            commands = limits.Limits(socket, effort.commands)
+            result["requests"] = requests.measure(socket, effort.rounds, commands, say)
+            result["limits"] = commands.rows()
+            client.flushdb()
+            result["growth"] = growth.measure(socket, *effort.growth, say)
+            client.flushdb()
+            result["contention"] = contention.measure(socket, effort.parallel, effort.contention, say)
+            client.flushdb()
+            say(f"{effort.population} sessions")
+            people = population.Population(socket, effort.population)
+            result["population"] = people.rows
+            say("the mix")
+            result["requests"] += population.measure(people, socket, *effort.mix)
+            result["system"] = system.measure(socket, people, effort.system, effort.all_systems, say)
+            client.flushdb()
+            result["server"], result["memory"] = [], []
+            with server.servers(effort.all_servers, socket) as found:
+                for kind, path in found.items():
+                    say(f"the server's side: {kind}")
+                    result["server"] += server.time_of(kind, path, effort.server)
+                    result["memory"] += server.memory(kind, path)
+            result["spread"] = server.spread(effort.handles, say)
+        finally:
+            client.close()
+            embedded.stop(home)
+    result["aims"] = aims.judge(result)
+    result["machine"]["load_after"] = [round(each, 2) for each in os.getloadavg()]
+    result["seconds"] = round(say.done(), 1)
+    return result
 
 
 def main() -> None:
-    """Run everything and print it."""
+    """Run, write the result and the pictures, and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a fifth of the rounds")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="fewer rounds: 40 s, and rougher figures")
+    size.add_argument("--smoke", action="store_true", help="a few calls, to see that it works; no figures")
+    parser.add_argument("--out", type=Path, default=plot.RESULTS, help="where the result goes (%(default)s)")
     options = parser.parse_args()
-    rounds = 8 if options.quick else 40
-    packages = ("luasession", "flask", "flask-session", "redis", "hiredis")
-    print("  ".join(f"{name} {version(name)}" for name in packages))
-    with tempfile.TemporaryDirectory(prefix="luasession-bench-") as folder:
-        socket = embedded.start(Path(folder) / "server", name="benchmarks")
-        server = redis.Redis(unix_socket_path=socket, protocol=2).info("server")
-        print(
-            f"Valkey {server.get('valkey_version', server['redis_version'])} on a unix socket; microseconds"
-        )
-
-        limits = _limits(socket, "v" * 40)
-        rows = {name: Summary.of([_timed(call) for _ in range(rounds * 25)]) for name, call in limits.items()}
-        _print("The limit: one command by redis-py", rows, 0.0, 0.0)
-
-        small: dict[str, dict[str, Summary]] = {}
-        for shape in SHAPES:
-            paths = ["/untouched", "/read", "/write", "/change"]
-            results = _requests(socket, shape, paths, rounds, 25 if shape == "8 x 40 B" else 5)
-            for path, summaries in results.items():
-                floor = summaries["no sessions"].p50
-                against = summaries["Flask-Session, no refresh"].p50 - floor
-                _print(f"{path} on {shape}", summaries, floor, against)
-            if shape == "8 x 40 B":
-                small = results
-            else:
-                for name in ("luasession, cached", "luasession, validating", "luasession, cold"):
-                    ratio = results["/change"][name].p50 / small["/change"][name].p50
-                    print(f"  /change on {shape} to the same on 8 x 40 B, {name}: {ratio:.2f}")
-
-        print("\nMemory of one session of 8 x 40 B, bytes (MEMORY USAGE, default settings)")
-        for name, size in _memory(socket).items():
-            print(f"  {name:40}{size:8}")
+    effort = QUICK if options.quick else SMOKE if options.smoke else FULL
+    say = report.Progress()
+    result = run(effort, say)
+    name = result["date"] if effort is FULL else f"{result['date']}-{effort.name}"
+    path = options.out / f"{name}.json"
+    report.write(result, path)
+    report.show(result)
+    say("drawing")
+    plot.draw(path)
+    print(f"\n{path}, pictures in {path.with_suffix('')}, {say.done():.0f} s")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import redis
-from flask import Flask, session
+from flask import Flask
 from flask.sessions import SecureCookieSession, SessionInterface
 
 from luasession import Session
+
+from .workloads import install
 
 
 class NoSessions(SessionInterface):
@@ -47,64 +49,59 @@ def _luasession(app: Flask, socket: str, **config: Any) -> None:
 
 Setup = Callable[[Flask, str], None]
 
+FLOOR, COOKIE, LOADED, RIVAL = "no sessions", "signed cookie", "Flask-Session", "Flask-Session, no refresh"
+COLD, VALIDATING, CACHED = "luasession, cold", "luasession, validating", "luasession, cached"
+CHECKED, DEFAULTS = "luasession, checked", "luasession, defaults"
+
+#: Those that are called in this process.
 PEERS: dict[str, Setup] = {
-    "no sessions": _floor,
-    "signed cookie": _cookie,
-    "Flask-Session": _flask_session,
-    "Flask-Session, no refresh": lambda app, socket: _flask_session(
-        app, socket, SESSION_REFRESH_EACH_REQUEST=False
-    ),
+    FLOOR: _floor,
+    COOKIE: _cookie,
+    LOADED: _flask_session,
+    RIVAL: lambda app, socket: _flask_session(app, socket, SESSION_REFRESH_EACH_REQUEST=False),
+    COLD: lambda app, socket: _luasession(app, socket, SESSION_CACHE_TTL=None),
+    VALIDATING: lambda app, socket: _luasession(app, socket, SESSION_CACHE_TTL=0),
     # A window that outlasts the run, so that what is measured is the cached read and nothing else.
-    "luasession, cached": lambda app, socket: _luasession(app, socket, SESSION_CACHE_TTL=3600.0),
-    "luasession, validating": lambda app, socket: _luasession(app, socket, SESSION_CACHE_TTL=0),
-    "luasession, cold": lambda app, socket: _luasession(app, socket, SESSION_CACHE_TTL=None),
+    CACHED: lambda app, socket: _luasession(app, socket, SESSION_CACHE_TTL=3600.0),
+    CHECKED: lambda app, socket: _luasession(app, socket, SESSION_CACHE_TTL=3600.0, SESSION_CONFLICT="raise"),
+}
+#: Those under gunicorn, where the cache is as it comes.
+SERVED: dict[str, Setup] = {name: PEERS[name] for name in (FLOOR, COOKIE, LOADED, RIVAL, COLD)} | {
+    DEFAULTS: _luasession
 }
 
-#: What a session holds, by the name of its shape.
-SHAPES: dict[str, dict[str, Any]] = {
-    "8 x 40 B": {f"key{n}": "v" * 38 for n in range(8)},
-    "100 x 1 KB": {f"key{n}": "v" * 1022 for n in range(100)},
-    "1000 x 1 KB": {f"key{n}": "v" * 1022 for n in range(1000)},
-}
+
+def family(name: str) -> str:
+    """Return where a peer keeps its sessions: all of a family share them."""
+    return name.partition(",")[0]
+
+
+def make_app(name: str, socket: str, data: Mapping[str, Any], **config: Any) -> Flask:
+    """Make the app of one peer, over the server of this unix socket."""
+    app = Flask(__name__)
+    app.config.update(SESSION_MAX_BYTES=8 << 20, **config)
+    (PEERS | SERVED)[name](app, socket)
+    install(app, data)
+    return app
 
 
 class Peer:
     """An app under one kind of session, and a browser that calls it without a network."""
 
-    def __init__(self, name: str, socket: str, shape: str) -> None:
-        self.app = Flask(__name__)
-        self.app.config["SESSION_MAX_BYTES"] = 8 << 20
-        PEERS[name](self.app, socket)
-        self._jar: dict[str, str] = {}
-        self._writes = 0
-        self.app.add_url_rule("/untouched", view_func=lambda: "x")
-        self.app.add_url_rule("/read", view_func=self._read)
-        self.app.add_url_rule("/write", view_func=self._write)
-        self.app.add_url_rule("/change", view_func=self._change)
-        self.app.add_url_rule("/start", "start", view_func=lambda: self._start(shape))
+    def __init__(self, name: str, socket: str, data: Mapping[str, Any], **config: Any) -> None:
+        self.flask = make_app(name, socket, data, **config)
+        #: What is called: the app, or what was put around it.
+        self.app: Callable[..., Iterable[bytes]] = self.flask
+        self.jar: dict[str, str] = {}
+        self.body = b""
         self.call("/start")
 
-    @staticmethod
-    def _start(shape: str) -> str:
-        session.update(SHAPES[shape], count=0)
-        return "x"
+    def call(self, path: str, jar: dict[str, str] | None = None) -> float:
+        """Send one request, and return the seconds that the app took for it.
 
-    @staticmethod
-    def _read() -> str:
-        return str(session.get("key1"))[:1]
-
-    def _write(self) -> str:
-        self._writes += 1
-        session["key1"] = f"{self._writes:038}"
-        return "x"
-
-    @staticmethod
-    def _change() -> str:
-        session["count"] = session.get("count", 0) + 1
-        return "x"
-
-    def call(self, path: str) -> float:
-        """Send one request, and return the seconds that the app took for it."""
+        :param jar: the cookies of another browser than this peer's own.
+        """
+        jar = self.jar if jar is None else jar
         environ = {
             "REQUEST_METHOD": "GET",
             "PATH_INFO": path,
@@ -114,7 +111,7 @@ class Peer:
             "SERVER_PORT": "80",
             "SERVER_PROTOCOL": "HTTP/1.1",
             "HTTP_HOST": "localhost",
-            "HTTP_COOKIE": "; ".join(f"{name}={value}" for name, value in self._jar.items()),
+            "HTTP_COOKIE": "; ".join(f"{name}={value}" for name, value in list(jar.items())),
             "wsgi.url_scheme": "http",
             "wsgi.input": io.BytesIO(),
             "wsgi.errors": io.StringIO(),
@@ -122,16 +119,16 @@ class Peer:
         answer: list[Any] = []
         started = time.perf_counter()
         body = self.app(environ, lambda *head: answer.append(head))
-        for _ in body:
-            pass
+        parts = list(body)
         taken = time.perf_counter() - started
         status, headers = answer[0][:2]
         if not status.startswith("200"):
             raise RuntimeError(f"{path}: {status}")
+        self.body = b"".join(parts)
         for name, value in headers:
             if name == "Set-Cookie":
                 key, _, rest = value.partition("=")
-                self._jar[key] = rest.partition(";")[0]
+                jar[key] = rest.partition(";")[0]
         # What a browser would have dropped by its Max-Age of a few seconds, long before the next click.
-        self._jar.pop("session_o", None)
+        jar.pop("session_o", None)
         return taken

@@ -1,0 +1,141 @@
+"""The aims: what was wished for, what came out, and whether that is it. Misses stand with the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .contention import LOCKED, TUNED
+from .peers import CACHED, CHECKED, COLD, COOKIE, DEFAULTS, FLOOR, LOADED, RIVAL, VALIDATING
+from .samples import Row
+from .workloads import HUGE, LARGE, SMALL
+
+#: The server whose own time and memory the aims are about, if it was found.
+_SERVER = "redis-7.0"
+
+
+def find(rows: list[Row], **names: Any) -> Row:
+    """Return the row with these names.
+
+    :raise LookupError: if there is none.
+    """
+    for row in rows:
+        if all(row.get(key) == value for key, value in names.items()):
+            return row
+    raise LookupError(f"nothing was measured for {names}")
+
+
+class _Measured:
+    """Figures of a result, as the aims need them."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        self._result = result
+
+    def above(self, peer: str, workload: str, shape: str = SMALL) -> float:
+        """Return the microseconds of P50 above the floor."""
+        rows, names = self._result["requests"], {"workload": workload, "shape": shape}
+        floor: float = find(rows, peer=FLOOR, **names)["p50"]
+        return float(find(rows, peer=peer, **names)["p50"]) - floor
+
+    def ratio(self, peer: str, to: str, workload: str, shape: str = SMALL) -> float:
+        """Return the ratio of two peers above the floor."""
+        return self.above(peer, workload, shape) / max(0.1, self.above(to, workload, shape))
+
+    def limit(self, command: str) -> float:
+        """Return P50 of one command."""
+        return float(find(self._result["limits"], command=command)["p50"])
+
+    def served(self, peer: str, what: str) -> float:
+        """Return a figure from under gunicorn."""
+        return float(find(self._result["system"], peer=peer)[what])
+
+    def burst(self, peer: str, pause: int) -> Row:
+        """Return the row of most parallel writers."""
+        rows = self._result["contention"]
+        many = max(row["parallel"] for row in rows)
+        return find(rows, kind="own", parallel=many, pause_ms=pause, peer=peer)
+
+    @property
+    def server(self) -> str:
+        """Which server the aims are about."""
+        kinds = [row["server"] for row in self._result["server"]]
+        return _SERVER if _SERVER in kinds else kinds[0]
+
+    def commit(self) -> Row:
+        """Return the server's own time for a commit."""
+        rows = self._result["server"]
+        return find(rows, server=self.server, what="commit of one key", shape=SMALL)
+
+    def memory(self, listpack: str, when: str) -> float:
+        """Return the ratio of one session's bytes to Flask-Session's."""
+        names = {"server": self.server, "listpack": listpack, "shape": SMALL}
+        ours, theirs = (find(self._result["memory"], peer=peer, **names)[when] for peer in (COLD, RIVAL))
+        return float(ours / theirs)
+
+
+def judge(result: dict[str, Any]) -> list[Row]:
+    """Return the table: what, aim, measured, met."""
+    m = _Measured(result)
+    rows: list[Row] = []
+
+    def at_most(what: str, aim: float, measured: float, unit: str = "") -> None:
+        rows.append(_row(what, f"at most {aim:g}{unit}", f"{measured:.2f}{unit}", measured <= aim))
+
+    def at_least(what: str, aim: float, measured: float) -> None:
+        rows.append(_row(what, f"at least {aim:g}", f"{measured:.2f}", measured >= aim))
+
+    us = " µs"
+    rival = "to Flask-Session, no refresh"
+    at_most("untouched, above the floor", 8, m.above(CACHED, "untouched"), us)
+    at_most("cached read to the signed cookie", 0.5, m.ratio(CACHED, COOKIE, "read one key"))
+    at_most("cold read above HGETALL", 45, m.above(COLD, "read one key") - m.limit("HGETALL"), us)
+    at_most(f"cold read {rival}", 0.75, m.ratio(COLD, RIVAL, "read one key"))
+    at_most(
+        "validating read of 100 KB to a small one",
+        1.15,
+        m.above(VALIDATING, "read one key", LARGE) / m.above(VALIDATING, "read one key"),
+    )
+    at_most(f"validating read of 100 KB {rival}", 0.5, m.ratio(VALIDATING, RIVAL, "read one key", LARGE))
+    at_most("blind write above HSET", 50, m.above(CACHED, "write blind") - m.limit("HSET"), us)
+    at_most(f"blind write {rival}", 0.4, m.ratio(CACHED, RIVAL, "write blind"))
+    at_most(f"read and change, cached, {rival}", 0.45, m.ratio(CACHED, RIVAL, "read, change"))
+    at_most("read and change, cached, to Flask-Session", 0.35, m.ratio(CACHED, LOADED, "read, change"))
+    at_most(
+        "read and change, cached, 1 MB to small",
+        1.2,
+        m.above(CACHED, "read, change", HUGE) / m.above(CACHED, "read, change"),
+    )
+    at_most(f"read and change of 1 MB, cached, {rival}", 0.1, m.ratio(CACHED, RIVAL, "read, change", HUGE))
+    at_most(f"cold read of 1 MB, one key used, {rival}", 1.1, m.ratio(COLD, RIVAL, "read one key", HUGE))
+    at_most(
+        "conflict-checked commit to an unchecked one",
+        1.1,
+        m.ratio(CHECKED, CACHED, "read, change"),
+    )
+    at_least(
+        "requests/s under gunicorn to Flask-Session",
+        2,
+        m.served(DEFAULTS, "rate_to_flask_session"),
+    )
+    at_most("P99 under gunicorn to Flask-Session", 1, m.served(DEFAULTS, "p99") / m.served(LOADED, "p99"))
+    for pause in (0, 10):
+        ours = m.burst(CACHED, pause)
+        many = ours["parallel"]
+        kept, everything = ours["kept_least"], ours["kept_least"] == many
+        rows.append(
+            _row(f"{many} parallel writers kept, views of {pause} ms", f"{many}", f"{kept}", everything)
+        )
+        for lock in (TUNED, LOCKED):
+            at_least(
+                f"their rate to {lock.removeprefix('Flask-Session under ')}, views of {pause} ms",
+                5,
+                m.burst(lock, pause)["seconds"] / ours["seconds"],
+            )
+    at_most(f"{m.server}'s own time for a commit", 10, m.commit()["mean"], us)
+    for when, words in (("new", "a new session"), ("worn", "after 20 quick writes")):
+        at_most(f"memory {rival}, {words}", 1.5, m.memory("default", when))
+        at_most(f"the same with hash-max-listpack-value 1024, {words}", 1.2, m.memory("1024", when))
+    return rows
+
+
+def _row(what: str, aim: str, measured: str, met: bool) -> Row:
+    return {"what": what, "aim": aim, "measured": measured, "met": met}
