@@ -24,13 +24,14 @@ from luasession import Session, merge, retry_on_conflict
 
 from .servers import Server, eventually
 
-_SETTINGS = "LUASESSION_TEST_SETTINGS"
+#: The variable in which an app finds its settings.
+SETTINGS = "LUASESSION_TEST_SETTINGS"
 
 
 def create_app() -> Flask:
     """Make the app that the workers serve; its settings come as JSON in the environment."""
     app = Flask(__name__)
-    app.config.update(json.loads(os.environ[_SETTINGS]))
+    app.config.update(json.loads(os.environ[SETTINGS]))
     app.config["SESSION_MERGE"] = {"merged": merge.add}
     Session(app)
 
@@ -135,6 +136,7 @@ class Web:
     """A running web server."""
 
     def __init__(self, port: int) -> None:
+        #: Where it listens, on 127.0.0.1.
         self.port = port
 
     def browser(self, cookies: dict[str, str] | None = None) -> WebBrowser:
@@ -206,10 +208,19 @@ class WebBrowser:
 
 @contextmanager
 def serving(
-    server: Server, *options: str, workers: int = 3, threads: int = 12, **settings: Any
+    server: Server | None,
+    *options: str,
+    workers: int = 3,
+    threads: int = 12,
+    app: str = "tests.web:create_app()",
+    **settings: Any,
 ) -> Iterator[Web]:
-    """Serve the app by gunicorn on a free port until the block ends."""
-    settings = {"SESSION_REDIS_URL": server.url, **settings}
+    """Serve an app by gunicorn on a free port until the block ends.
+
+    :param server: whose URL is among the settings if this is None.
+    """
+    if server is not None:
+        settings = {"SESSION_REDIS_URL": server.url, **settings}
     with tempfile.TemporaryDirectory() as folder:
         chosen = Path(folder) / "port"
         config = Path(folder) / "gunicorn.conf.py"
@@ -219,10 +230,10 @@ def serving(
             f"    open({str(chosen)!r} + '.new', 'w').write(str(server.LISTENERS[0].sock.getsockname()[1]))\n"
             f"    import os; os.rename({str(chosen)!r} + '.new', {str(chosen)!r})\n"
         )
-        command = [sys.executable, "-m", "gunicorn", "tests.web:create_app()", "--bind", "127.0.0.1:0"]
+        command = [sys.executable, "-m", "gunicorn", app, "--bind", "127.0.0.1:0"]
         command += ["--workers", str(workers), "--threads", str(threads), "--log-level", "error"]
         command += ["--config", str(config), *options]
-        environment = {**os.environ, _SETTINGS: json.dumps(settings), "XDG_RUNTIME_DIR": folder}
+        environment = {**os.environ, SETTINGS: json.dumps(settings), "XDG_RUNTIME_DIR": folder}
         process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[1])
         try:
             assert eventually(lambda: chosen.exists() or process.poll() is not None, 30)
