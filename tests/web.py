@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from email.message import Message
 from http.cookies import SimpleCookie
 from pathlib import Path
 from threading import Barrier
@@ -155,8 +156,7 @@ class WebBrowser:
         self, path: str, body: Any = None, form: dict[str, str] | None = None
     ) -> tuple[int, bytes, list[str]]:
         """Send one request, a body as JSON; return status, body and the cookies that were set."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
-        headers = {"Cookie": "; ".join(f"{name}={value}" for name, value in self.cookies.items())}
+        headers = {}
         sent = None
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -164,18 +164,43 @@ class WebBrowser:
         elif form is not None:
             headers["Content-Type"] = "application/x-www-form-urlencoded"
             sent = urlencode(form)
-        connection.request("GET" if body is None and form is None else "POST", path, sent, headers)
-        response = connection.getresponse()
-        content = response.read()
-        lines = response.headers.get_all("Set-Cookie") or []
-        for line in lines:
+        method = "GET" if body is None and form is None else "POST"
+        status, content, answered = self.answer(path, 60, method, sent, headers)
+        return status, content, answered.get_all("Set-Cookie") or []
+
+    def answer(
+        self,
+        path: str,
+        seconds: float,
+        method: str = "GET",
+        sent: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> tuple[int, bytes, Message]:
+        """Send one request; return status, body and headers.
+
+        :param seconds: that the answer may take.
+        """
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=seconds)
+        cookie = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
+        try:
+            connection.request(method, path, sent, {"Cookie": cookie, **(headers or {})})
+            response = connection.getresponse()
+            content = response.read()
+        finally:
+            connection.close()
+        for line in response.headers.get_all("Set-Cookie") or []:
             for name, morsel in SimpleCookie(line).items():
                 if morsel["max-age"] == "0":
                     self.cookies.pop(name, None)
                 else:
                     self.cookies[name] = morsel.value
-        connection.close()
-        return response.status, content, lines
+        return response.status, content, response.headers
+
+    def take(self, sent: dict[str, str], now: dict[str, str]) -> None:
+        """Take over what an answer changed: the cookies that were sent, and what became of them."""
+        for name in sent.keys() - now.keys():
+            self.cookies.pop(name, None)
+        self.cookies.update({name: value for name, value in now.items() if sent.get(name) != value})
 
     def show(self) -> dict[str, Any]:
         """Return the session as the app sees it."""
@@ -189,9 +214,7 @@ class WebBrowser:
         twin = WebBrowser(self._port, self.cookies)
         sent = dict(twin.cookies)
         status, body, _ = twin.request(path)
-        for name in sent.keys() - twin.cookies.keys():
-            self.cookies.pop(name, None)
-        self.cookies.update({name: value for name, value in twin.cookies.items() if sent.get(name) != value})
+        self.take(sent, twin.cookies)
         return status, body
 
     def parallel(self, paths: list[str]) -> list[int]:
