@@ -213,11 +213,13 @@ class Browser:
                 status=status,
                 commits=tuple((handle, version) for handle, version in told.get("commits", ())),
                 discarded=told.get("discarded", ""),
-                text="" if status == 200 else body.decode(errors="replace")[-1500:] if status == 500 else "",
+                text=body.decode(errors="replace")[-1500:] if status == 500 else "",
             )
-            if op == "read" and status == 200:
-                result = json.loads(body)["result"]
+            result = json.loads(body)["result"] if status == 200 else None
+            if op == "read" and result is not None:
                 record = replace(record, seen=result["seen"], version=result["version"])
+            elif op == "drop" and result is not None:
+                record = replace(record, version=result["version"], text=f"took {result['taken']!r}")
             if own:
                 with self._lock:
                     self._jar.take(sent, twin.cookies)
@@ -258,9 +260,7 @@ class Outcome:
             if violation.records:
                 first, last = violation.records[0].start - 1, violation.records[-1].end + 1
                 parts += [
-                    f"    {at:9.3f}  -- {words}"
-                    for at, words in self.history.events
-                    if first < at < last
+                    f"    {at:9.3f}  -- {words}" for at, words in self.history.events if first < at < last
                 ][:20]
         return "\n".join(parts)
 

@@ -43,6 +43,7 @@ def create_app() -> Flask:
     if mutation := os.environ.get(MUTATION):
         _mutate(mutation)
     app = Flask(__name__)
+    app.logger.disabled = True  # the answer has it
     app.config.update(json.loads(os.environ[SETTINGS]))
     app.config["SESSION_MERGE"] = {"list": merge.append, "sum": merge.add}
     Session(app)
@@ -78,8 +79,9 @@ def _put(key: str, value: str) -> None:
     session[key] = value
 
 
-def _drop(key: str, value: str) -> None:
-    session.pop(key, None)
+def _drop(key: str, value: str) -> dict[str, Any]:
+    version = session.version  # type: ignore[attr-defined]
+    return {"taken": session.pop(key, None), "version": version}
 
 
 def _add(key: str, value: str) -> None:

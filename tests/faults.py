@@ -140,10 +140,7 @@ def cuts(world: World) -> None:
     assert world.proxy
     _ruled(
         world,
-        [
-            world.proxy.truncate_reply(nbytes, _one_in(60, world.random), times=None)
-            for nbytes in (1, 12, 60)
-        ],
+        [world.proxy.truncate_reply(nbytes, _one_in(60, world.random), times=None) for nbytes in (1, 12, 60)],
     )
 
 

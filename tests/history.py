@@ -49,6 +49,7 @@ class Record:
     :ivar status: of HTTP; 0 if there was no whole answer.
     :ivar commits: handles and versions, as the signals told them.
     :ivar seen: what a read showed of the session, None for other requests.
+    :ivar version: of the session that a read or a drop saw, 0 for none.
     """
 
     life: str
@@ -75,12 +76,19 @@ class Record:
 
     @property
     def refused(self) -> bool:
-        """Whether it said that it was not applied."""
-        return self.status in {409, 410} or bool(self.discarded)
+        """Whether it said that it was not applied, or was told that there is no session."""
+        return self.status in {409, 410} or bool(self.discarded) or self.found_nothing
+
+    @property
+    def found_nothing(self) -> bool:
+        """Whether it read, and there was no session to read."""
+        if self.status != 200 or self.commits or self.discarded:
+            return False
+        return self.seen == {} or (self.op == "drop" and self.version == 0)
 
     @property
     def applied(self) -> bool:
-        return self.changes and self.status == 200 and not self.discarded
+        return self.changes and self.status == 200 and not self.refused
 
     def __str__(self) -> str:
         what = f"{self.op} {self.key}".strip() + ("" if self.value is None else f" = {self.value!r}")
@@ -157,7 +165,11 @@ def check(history: History) -> Report:
     violations: list[Violation] = []
     lost: list[Violation] = []
     for name, records in lives.items():
-        found = list(_Life(name, records, history).check())
+        # Once each, however many reads see it.
+        first = {
+            (each.kind, each.records[:1]): each for each in reversed([*_Life(name, records, history).check()])
+        }
+        found = list(reversed(first.values()))
         excused = history.may_lose(records)
         for violation in found:
             is_loss = violation.kind in {Kind.LOST, Kind.RETURNED, Kind.STALE, Kind.VERSION}
@@ -198,7 +210,9 @@ class _Life:
         for record in self.records:
             if record.status not in {0, 200, 409, 410, 503}:
                 yield self.fault(Kind.ERROR, f"status {record.status}", record)
-            if record.seen is not None and record.status == 200:
+            if record.found_nothing:
+                yield from self._check_nothing(record)
+            elif record.seen is not None:
                 yield from self._check_read(record)
         if not self.handle:
             return
@@ -207,24 +221,24 @@ class _Life:
 
     # -- what the session is like at some time ------------------------------
 
+    def _check_nothing(self, record: Record) -> Iterator[Violation]:
+        # Under an id that was replaced meanwhile, or may have been, one sees nothing.
+        for other in self.records:
+            if other.start < record.end and (
+                (other.op == "logout" and not other.refused)
+                or (other.op == "rotate" and (other.unknown or other.end > record.start))
+            ):
+                return
+        yield self.fault(Kind.LOST, "the session is not there", *self.changes[:1], record)
+
     def _check_read(self, read: Record) -> Iterator[Violation]:
         assert read.seen is not None
-        ended = [out for out in self.logouts if out.start < read.end]
-        if not read.seen:
-            # Under an id that was replaced meanwhile, or may have been, one sees nothing.
-            moved = [
-                record
-                for record in self.changes
-                if record.op == "rotate"
-                and record.start < read.end
-                and (record.unknown or record.end > read.start)
-            ]
-            if not ended and not moved:
-                yield self.fault(Kind.LOST, "the session is not there", *self.changes[:1], read)
-            return
-        for out in ended:
+        for out in self.logouts:
             if out.status == 200 and read.start > out.end + self.history.trust:
                 yield self.fault(Kind.RETURNED, "read after the log-out", out, read)
+                return
+        if any(record.op == "late" and record.key in read.seen for record in self.records):
+            return  # told by its commit
         yield from self._check_content(read.seen, read.start, read.end, read)
         for record in self.changes:
             for handle, version in record.commits:
@@ -335,6 +349,9 @@ class _Life:
     def _check_commits(self) -> Iterator[Violation]:
         made: dict[tuple[str, int], Record] = {}
         newest: Record | None = None
+        for record in self.records:
+            if record.op == "late" and self.handle in dict(record.commits):
+                yield self.fault(Kind.RETURNED, "a write into the ended session", *self.logouts, record)
         ends = self.logouts or [r for r in self.changes if r.op == "rotate" and not r.applied]
         for record in self.changes:
             if record.discarded and not any(
