@@ -355,6 +355,7 @@ def main() -> int:
     parser.add_argument("--kind", default="valkey-9.1")
     parser.add_argument("--browsers", type=int, default=100)
     parser.add_argument("--wait-replicas", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true", help="tell what was done")
     parser.add_argument("--without", choices=sorted(MUTATIONS), default="", help="a guard to take out")
     arguments = parser.parse_args()
     faults = FAULTS[arguments.topology]
@@ -380,6 +381,10 @@ def main() -> int:
             }
         outcome = run(plan)
         print(outcome, flush=True)
+        if arguments.verbose:
+            lines = [f"{at:9.3f}  {words}" for at, words in outcome.history.events]
+            lines += [f"lost: {loss}" for loss in outcome.report.lost[:20]]
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
         if outcome.report.violations:
             wrong = True
             print(outcome.story(), file=sys.stderr, flush=True)

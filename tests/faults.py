@@ -241,8 +241,15 @@ def _bring_back(world: World, victim: Server) -> None:
             raise RuntimeError(f"nobody is promoted:\n{topology.sentinels[0].log()}")
         topology.bring_back(victim)
     else:
-        if not eventually(lambda: victim not in world.primaries(), 30):
-            raise RuntimeError(f"nobody is promoted:\n{world.primaries()[0].log()}")
+
+        def replaced() -> bool:
+            # Not as soon as it is given up: come back before another one has its slots, it would have
+            # them again, and be empty.
+            owners = _owners(topology)
+            return sum(len(slots) for server, slots in owners if server is not victim) == 16384
+
+        if not eventually(replaced, 30):
+            raise RuntimeError(f"nobody is promoted:\n{topology.alive()[0].log()}")
         victim.restart()  # it finds its place by what it knows of the cluster
 
 

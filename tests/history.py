@@ -347,33 +347,41 @@ class _Life:
     # -- what the answers say of each other ---------------------------------
 
     def _check_commits(self) -> Iterator[Violation]:
-        made: dict[tuple[str, int], Record] = {}
-        newest: Record | None = None
         for record in self.records:
             if record.op == "late" and self.handle in dict(record.commits):
                 yield self.fault(Kind.RETURNED, "a write into the ended session", *self.logouts, record)
-        ends = self.logouts or [r for r in self.changes if r.op == "rotate" and not r.applied]
         for record in self.changes:
-            if record.discarded and not any(
-                other.start < record.end
-                for other in self.records
-                if other is not record and other.op in {"rotate", "logout"}
-            ):
+            if record.discarded and not self._has_moved(record):
                 yield self.fault(Kind.LOST, "dropped, and nothing had ended", record)
             if record.applied and not record.commits and record.op != "drop":
                 yield self.fault(Kind.LOST, "answered, neither applied nor dropped", record)
-            for pair in record.commits:
-                if pair[0] != self.handle:
-                    if not any(end.start < record.end for end in ends):
-                        yield self.fault(Kind.LOST, "a new session was begun under a live id", record)
-                elif pair in made:
-                    yield self.fault(Kind.VERSION, f"version {pair[1]} twice", made[pair], record)
-                made[pair] = record
+            if any(handle != self.handle for handle, _ in record.commits) and not self._has_ended(record):
+                yield self.fault(Kind.LOST, "a new session was begun under a live id", record)
+        yield from self._check_versions()
+
+    def _has_moved(self, record: Record) -> bool:
+        """Whether the id of a request may have been replaced, or its session ended."""
+        return any(
+            other.op in {"rotate", "logout"} and other.start < record.end
+            for other in self.records
+            if other is not record
+        )
+
+    def _has_ended(self, record: Record) -> bool:
+        """Whether a request may start a session of its own: after the end, or if it rotates twice."""
+        lost = [other for other in self.changes if other.op == "rotate" and not other.applied]
+        return any(other.start < record.end for other in (*self.logouts, *lost) if other is not record)
+
+    def _check_versions(self) -> Iterator[Violation]:
+        made: dict[int, Record] = {}
         own = [(r, v) for r in self.changes for handle, v in r.commits if handle == self.handle]
         by_end = sorted(own, key=lambda pair: pair[0].end)
-        at = 0
-        highest = 0
+        newest: Record | None = None
+        at = highest = 0
         for record, version in own:  # by their starts
+            if version in made:
+                yield self.fault(Kind.VERSION, f"version {version} twice", made[version], record)
+            made[version] = record
             while at < len(by_end) and by_end[at][0].end < record.start:
                 if by_end[at][1] > highest:
                     newest, highest = by_end[at]
