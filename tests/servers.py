@@ -497,10 +497,10 @@ class SentinelTopology:
 
     def bring_back(self, old: Server) -> None:
         """Start a server that was the primary as a replica, and wait until all is well."""
+        # As a replica from the beginning: empty, as it comes back, it would be taken for the primary that
+        # it was by whoever asks a sentinel that has not heard of the failover.
+        old.options["replicaof"] = f"127.0.0.1 {self.primary.port}"
         old.restart()
-        # The sentinels would see to it as well, some ten seconds later.
-        with old.client() as client:
-            client.execute_command("REPLICAOF", "127.0.0.1", self.primary.port)
         self.settle()
 
 
