@@ -430,10 +430,6 @@ def world_of(topology: str, kind: str, seed: int) -> Iterator[World]:
             yield World(many, None, generator)
     elif topology == "sentinel":
         with sentinel(kind) as watched:
-            for each in watched.sentinels:
-                with each.client() as client:
-                    # With the second that is set, two sentinels now and then promote two servers at a time.
-                    client.execute_command("SENTINEL", "SET", "main", "failover-timeout", 5000)
             yield World(watched, None, generator)
     else:
         with standalone(kind) as one, Proxy(one.socket_path) as proxy:
