@@ -114,22 +114,26 @@ def _owners(topology: ClusterTopology) -> list[tuple[Server, list[int]]]:
 def scripts(world: World) -> None:
     """Flush the scripts of all primaries, every 50 ms."""
     servers = world.primaries()
+    flushed = 0
     while not world.stop.wait(0.05):
         for server in servers:
             with suppress(redis.RedisError), server.client() as client:
-                client.script_flush()
+                flushed += bool(client.script_flush())
+    world.say(f"flushed the scripts {flushed} times")
 
 
 def connections(world: World) -> None:
     """Kill all connections of clients to all primaries, every 100 ms."""
     servers = world.primaries()
+    killed = 0
     while not world.stop.wait(0.1):
         for server in servers:
             with suppress(redis.RedisError), server.client() as client:
                 for each in client.client_list("normal"):
                     # Without theirs the sentinels would take it for dead.
                     if not each["name"].startswith("sentinel-"):
-                        client.execute_command("CLIENT", "KILL", "ID", each["id"])
+                        killed += client.execute_command("CLIENT", "KILL", "ID", each["id"])
+    world.say(f"killed {killed} connections")
 
 
 def drops(world: World) -> None:

@@ -13,6 +13,7 @@ import pytest
 import redis
 from flask import session
 
+import luasession.servers
 from luasession import ConfigurationError
 from luasession.config import read_config
 from luasession.connections import Connections, Recipe
@@ -21,7 +22,7 @@ from luasession.location import read_location
 from luasession.servers import Sentinels
 
 from .conftest import TestApp
-from .servers import SentinelTopology, Server, eventually, free_port
+from .servers import SentinelTopology, Server, eventually, free_port, standalone
 from .test_topologies import SENTINELS, at_once, close, connections, remember_reasons  # noqa: F401 - a fixture
 
 Topologies = Callable[[str], SentinelTopology]
@@ -349,3 +350,35 @@ def test_words_that_pass(words: str, read_only: bool) -> None:
     # As the library's own classes, which leave the code out.
     for kind in ("TryAgainError", "ClusterDownError", "MasterDownError", "ReadOnlyError", "BusyLoadingError"):
         assert is_passing(getattr(redis.exceptions, kind)("words"))
+
+
+@pytest.mark.parametrize("way", SENTINELS)
+def test_a_replica_that_is_named_as_the_primary_is_not_read(
+    sentinels: Topologies, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """An old primary that is back as a replica, and still empty, is not taken for one without the session."""
+    topology = sentinels("valkey-9.1")
+    config = SENTINELS[way](topology)
+    app = app_on(topology, **config)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    paired = luasession.servers._paired
+    named: list[int] = []
+
+    def behind(reply: Any) -> Any:
+        state = paired(reply)
+        return {**state, b"port": named.pop()} if named and b"port" in state else state
+
+    monkeypatch.setattr(luasession.servers, "_paired", behind)
+    with standalone("valkey-9.1", replicaof="127.0.0.1 1") as old:
+        for view in (see, lambda: session.update(b=2)):
+            # Each reply is read twice, to accept it and to follow it.
+            named[:] = [old.port] * 4
+            twin = browser.twin(app.another())
+            seen = twin.run(view)
+            assert not named
+            assert seen in ({"a": 1}, None)
+            assert twin.cookies["session"] == browser.cookies["session"]
+    monkeypatch.undo()
+    assert browser.run(see) == {"a": 1, "b": 2}
+    close(config)
