@@ -15,6 +15,7 @@ from flask import session
 
 import luasession.servers
 from luasession import ConfigurationError
+from luasession.client import _meet_primary
 from luasession.config import read_config
 from luasession.connections import Connections, Recipe
 from luasession.failures import Nowhere, is_passing, is_read_only, unavailable
@@ -382,3 +383,50 @@ def test_a_replica_that_is_named_as_the_primary_is_not_read(
     monkeypatch.undo()
     assert browser.run(see) == {"a": 1, "b": 2}
     close(config)
+
+
+class Greeted:
+    """A connection to a server that answers ROLE with what it was given."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+        self.did: list[str] = []
+
+    def on_connect(self) -> None:
+        self.did.append("on_connect")
+
+    def send_command(self, *words: str) -> None:
+        self.did += words
+
+    def read_response(self) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "refused"),
+    [
+        ([b"master", 0, []], None),
+        (["master", 0, []], None),
+        (redis.exceptions.NoPermissionError("this user has no permissions"), None),
+        (redis.ResponseError("unknown command"), None),
+        ([b"slave", b"127.0.0.1", 1, b"connect", -1], "is a replica"),
+        (redis.ConnectionError("closed"), "closed"),
+    ],
+)
+def test_a_primary_is_asked_for_its_role(answer: Any, refused: str | None) -> None:
+    """A replica is not taken; who may not be asked is. What the app hooked into connecting comes first."""
+    mine = Greeted(answer)
+    for theirs, expected in (
+        (None, ["on_connect", "ROLE"]),
+        (lambda c: c.did.append("theirs"), ["theirs", "ROLE"]),
+    ):
+        mine.did = []
+        if refused is None:
+            _meet_primary(theirs, mine)
+        else:
+            with pytest.raises(redis.ConnectionError, match=refused) as caught:
+                _meet_primary(theirs, mine)
+            assert is_passing(caught.value)
+        assert mine.did == expected
