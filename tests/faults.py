@@ -246,7 +246,10 @@ def _bring_back(world: World, victim: Server) -> None:
     if isinstance(topology, SentinelTopology):
         if not eventually(lambda: topology.primary is not victim, 30):
             raise RuntimeError(f"nobody is promoted:\n{topology.sentinels[0].log()}")
+        promoted = topology.primary
         topology.bring_back(victim)
+        if topology.primary is not promoted:
+            world.say(f"{promoted.port} was promoted, and {topology.primary.port} in its place")
     else:
 
         def replaced() -> bool:
