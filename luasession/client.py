@@ -28,7 +28,7 @@ from .clock import now_ns
 from .config import Config
 from .connections import ASKING, MAX_CONNECTIONS, Connections, Recipe
 from .errors import ConfigurationError
-from .failures import code_of, is_known, is_passing, unavailable
+from .failures import code_of, is_a, is_known, is_passing, unavailable
 from .location import Location, is_location, read_location
 from .servers import Address, Cluster, Sentinels, Servers
 
@@ -199,15 +199,41 @@ def _sentinels_of(pool: Any, seconds: float) -> Sentinels:
     if not pool.is_master:
         raise ConfigurationError("SESSION_REDIS is a Sentinel's slave_for(); expected its master_for()")
     recipe, manager = Recipe.of(pool), pool.sentinel_manager
+    is_valkey = any(kind.__module__.startswith("valkey.") for kind in pool.connection_class.__mro__)
+    hook = "valkey_connect_func" if is_valkey else "redis_connect_func"
 
     def primary(host: str, port: int) -> Connections:
         host = getattr(manager, "_force_master_ip", None) or host
         fixed = _Fixed(pool.service_name, (host, port))
         at = recipe.at(host, port)
-        return Connections(at._replace(settings={**at.settings, "connection_pool": fixed}), seconds)
+        settings = {
+            **at.settings,
+            "connection_pool": fixed,
+            hook: partial(_meet_primary, at.settings.get(hook)),
+        }
+        return Connections(at._replace(settings=settings), seconds)
 
     sentinels = [Connections(Recipe.of(each.connection_pool), seconds) for each in manager.sentinels]
     return Sentinels(sentinels, pool.service_name, primary, manager.min_other_sentinels, seconds)
+
+
+def _meet_primary(theirs: Callable[[Any], None] | None, connection: Any) -> None:
+    # A sentinel that has not heard of a failover names the old primary. Back as a replica it refuses
+    # writes, but what is read there is old, or nothing at all while it is filled: a session that is there
+    # would be taken for one that is not. So Sentinel's clients are to ask each for its role.
+    if theirs is None:
+        connection.on_connect()
+    else:
+        theirs(connection)
+    connection.send_command("ROLE")
+    try:
+        role = connection.read_response()[0]
+    except Exception as error:
+        if not is_a(error, "ResponseError"):
+            raise
+        return  # it may not be asked; then the sentinels are believed
+    if role not in {b"master", "master"}:
+        raise redis.ConnectionError("what the sentinels named as the primary is a replica")
 
 
 def _cluster_at(where: Location, settings: dict[str, Any], seconds: float) -> Cluster:

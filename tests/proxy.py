@@ -81,10 +81,12 @@ class Proxy:
         #: The port that clients connect to.
         self.port = 0
         #: How often what was done: ``connections``, ``requests``, ``replies``, and the
-        #: actions ``dropped``, ``delayed``, ``truncated``, ``cut``.
+        #: actions ``dropped``, ``delayed``, ``truncated``, ``crossed``, ``cut``.
         self.counts: Counter[str] = Counter()
         self._rules: list[Rule] = []
         self._links: set[_Link] = set()
+        # The last reply to each kind of command, and who got it.
+        self._last: dict[tuple[bytes, ...], tuple[_Link, bytes]] = {}
         self._errors: list[BaseException] = []
         self._lock = threading.Lock()
         self._listener = self._bind()
@@ -126,6 +128,13 @@ class Proxy:
     def truncate_reply(self, nbytes: int, when: Predicate = anything, *, times: int | None = 1) -> Rule:
         """Send the first bytes of the reply, and close the connection."""
         return self._add(Rule("truncated", when, times, nbytes=nbytes))
+
+    def cross_reply(self, when: Predicate = anything, *, times: int | None = 1) -> Rule:
+        """Give the reply that another connection last got to a command of this kind, and lose the own one.
+
+        It is as with a connection that has lost step. While there is no such reply the own one is given.
+        """
+        return self._add(Rule("crossed", when, times))
 
     def cut_request(self, when: Predicate = anything, *, times: int | None = 1) -> Rule:
         """Close the connection instead of forwarding the request.
@@ -259,8 +268,8 @@ class _Link:
         self._proxy = proxy
         self._client = client
         self._server = server
-        # One entry for each forwarded request whose reply is due: its rule, if any.
-        self._due: SimpleQueue[Rule | None] = SimpleQueue()
+        # One entry for each forwarded request whose reply is due: its rule, if any, and its kind.
+        self._due: SimpleQueue[tuple[Rule | None, tuple[bytes, ...]]] = SimpleQueue()
         self._closed = threading.Event()
         self._requests = threading.Thread(target=self._run, daemon=True)
         self._replies = threading.Thread(target=self._guarded, args=(self._forward_replies,), daemon=True)
@@ -306,7 +315,8 @@ class _Link:
                     if rule is not None and rule.action == "cut":
                         self._proxy._count("cut", rule)
                         return
-                    self._due.put(rule)
+                    # Which script, too.
+                    self._due.put((rule, tuple(words[: 2 if words[0].startswith(b"EVAL") else 1])))
                 self._server.sendall(raw)
 
     def _forward_replies(self) -> None:
@@ -316,22 +326,30 @@ class _Link:
                     self._client.sendall(reply)
                     continue
                 self._proxy._count("replies")
-                if not self._deliver(reply, self._next_rule()):
+                if not self._deliver(reply, *self._next_rule()):
                     return
 
-    def _next_rule(self) -> Rule | None:
+    def _next_rule(self) -> tuple[Rule | None, tuple[bytes, ...]]:
         try:
             return self._due.get_nowait()
         except Empty:
-            return None  # one more answer to the same request, as SUBSCRIBE gives them
+            return None, ()  # one more answer to the same request, as SUBSCRIBE gives them
 
-    def _deliver(self, reply: bytes, rule: Rule | None) -> bool:
+    def _deliver(self, reply: bytes, rule: Rule | None, kind: tuple[bytes, ...]) -> bool:
         """Do with a reply as its rule says; tell whether the connection goes on.
 
         What was done is counted before the client can notice it.
         """
+        others = self._proxy._last.get(kind)
+        self._proxy._last[kind] = (self, reply)
+        if rule is not None and rule.action == "crossed" and (others is None or others[0] is self):
+            rule = None
         if rule is None:
             self._client.sendall(reply)
+            return True
+        if rule.action == "crossed" and others is not None:
+            self._proxy._count("crossed", rule)
+            self._client.sendall(others[1])
             return True
         if rule.action == "dropped":
             self._call(rule.hook)

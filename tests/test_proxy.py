@@ -115,6 +115,19 @@ def test_replies_can_be_dropped_several_times(proxy: Proxy, server: Server, clie
     assert rule.done == 3
 
 
+def test_a_crossed_reply_is_that_of_another_connection(proxy: Proxy, server: Server) -> None:
+    """What another connection last got to the same command is given; what only the own one got is not."""
+    rule = proxy.cross_reply(when=command("GET"), times=None)
+    with redis.Redis.from_url(proxy.url) as one, redis.Redis.from_url(proxy.url) as other:
+        one.mset({"mine": "1", "theirs": "2"})
+        assert one.get("mine") == b"1"
+        assert one.get("mine") == b"1"
+        assert other.get("theirs") == b"1"
+        assert rule.done == proxy.counts["crossed"] == 1
+        assert other.mget("theirs") == [b"2"]
+        assert one.get("mine") == b"2"
+
+
 def test_the_hook_runs_between_execution_and_loss(proxy: Proxy, server: Server, client: redis.Redis) -> None:
     """Before its client knows anything, the hook sees the effect and others can go on from it."""
     seen: list[object] = []

@@ -13,7 +13,9 @@ import pytest
 import redis
 from flask import session
 
+import luasession.servers
 from luasession import ConfigurationError
+from luasession.client import _meet_primary
 from luasession.config import read_config
 from luasession.connections import Connections, Recipe
 from luasession.failures import Nowhere, is_passing, is_read_only, unavailable
@@ -21,7 +23,7 @@ from luasession.location import read_location
 from luasession.servers import Sentinels
 
 from .conftest import TestApp
-from .servers import SentinelTopology, Server, eventually, free_port
+from .servers import SentinelTopology, Server, eventually, free_port, standalone
 from .test_topologies import SENTINELS, at_once, close, connections, remember_reasons  # noqa: F401 - a fixture
 
 Topologies = Callable[[str], SentinelTopology]
@@ -349,3 +351,82 @@ def test_words_that_pass(words: str, read_only: bool) -> None:
     # As the library's own classes, which leave the code out.
     for kind in ("TryAgainError", "ClusterDownError", "MasterDownError", "ReadOnlyError", "BusyLoadingError"):
         assert is_passing(getattr(redis.exceptions, kind)("words"))
+
+
+@pytest.mark.parametrize("way", SENTINELS)
+def test_a_replica_that_is_named_as_the_primary_is_not_read(
+    sentinels: Topologies, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """An old primary that is back as a replica, and still empty, is not taken for one without the session."""
+    topology = sentinels("valkey-9.1")
+    config = SENTINELS[way](topology)
+    app = app_on(topology, **config)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    paired = luasession.servers._paired
+    named: list[int] = []
+
+    def behind(reply: Any) -> Any:
+        state = paired(reply)
+        return {**state, b"port": named.pop()} if named and b"port" in state else state
+
+    monkeypatch.setattr(luasession.servers, "_paired", behind)
+    with standalone("valkey-9.1", replicaof="127.0.0.1 1") as old:
+        for view in (see, lambda: session.update(b=2)):
+            # Each reply is read twice, to accept it and to follow it.
+            named[:] = [old.port] * 4
+            twin = browser.twin(app.another())
+            seen = twin.run(view)
+            assert not named
+            assert seen in ({"a": 1}, None)
+            assert twin.cookies["session"] == browser.cookies["session"]
+    monkeypatch.undo()
+    assert browser.run(see) == {"a": 1, "b": 2}
+    close(config)
+
+
+class Greeted:
+    """A connection to a server that answers ROLE with what it was given."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+        self.did: list[str] = []
+
+    def on_connect(self) -> None:
+        self.did.append("on_connect")
+
+    def send_command(self, *words: str) -> None:
+        self.did += words
+
+    def read_response(self) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "refused"),
+    [
+        ([b"master", 0, []], None),
+        (["master", 0, []], None),
+        (redis.exceptions.NoPermissionError("this user has no permissions"), None),
+        (redis.ResponseError("unknown command"), None),
+        ([b"slave", b"127.0.0.1", 1, b"connect", -1], "is a replica"),
+        (redis.ConnectionError("closed"), "closed"),
+    ],
+)
+def test_a_primary_is_asked_for_its_role(answer: Any, refused: str | None) -> None:
+    """A replica is not taken; who may not be asked is. What the app hooked into connecting comes first."""
+    mine = Greeted(answer)
+    for theirs, expected in (
+        (None, ["on_connect", "ROLE"]),
+        (lambda c: c.did.append("theirs"), ["theirs", "ROLE"]),
+    ):
+        mine.did = []
+        if refused is None:
+            _meet_primary(theirs, mine)
+        else:
+            with pytest.raises(redis.ConnectionError, match=refused) as caught:
+                _meet_primary(theirs, mine)
+            assert is_passing(caught.value)
+        assert mine.did == expected

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from email.message import Message
 from http.cookies import SimpleCookie
 from pathlib import Path
 from threading import Barrier
@@ -24,13 +25,14 @@ from luasession import Session, merge, retry_on_conflict
 
 from .servers import Server, eventually
 
-_SETTINGS = "LUASESSION_TEST_SETTINGS"
+#: The variable in which an app finds its settings.
+SETTINGS = "LUASESSION_TEST_SETTINGS"
 
 
 def create_app() -> Flask:
     """Make the app that the workers serve; its settings come as JSON in the environment."""
     app = Flask(__name__)
-    app.config.update(json.loads(os.environ[_SETTINGS]))
+    app.config.update(json.loads(os.environ[SETTINGS]))
     app.config["SESSION_MERGE"] = {"merged": merge.add}
     Session(app)
 
@@ -135,6 +137,7 @@ class Web:
     """A running web server."""
 
     def __init__(self, port: int) -> None:
+        #: Where it listens, on 127.0.0.1.
         self.port = port
 
     def browser(self, cookies: dict[str, str] | None = None) -> WebBrowser:
@@ -153,8 +156,7 @@ class WebBrowser:
         self, path: str, body: Any = None, form: dict[str, str] | None = None
     ) -> tuple[int, bytes, list[str]]:
         """Send one request, a body as JSON; return status, body and the cookies that were set."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
-        headers = {"Cookie": "; ".join(f"{name}={value}" for name, value in self.cookies.items())}
+        headers = {}
         sent = None
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -162,18 +164,43 @@ class WebBrowser:
         elif form is not None:
             headers["Content-Type"] = "application/x-www-form-urlencoded"
             sent = urlencode(form)
-        connection.request("GET" if body is None and form is None else "POST", path, sent, headers)
-        response = connection.getresponse()
-        content = response.read()
-        lines = response.headers.get_all("Set-Cookie") or []
-        for line in lines:
+        method = "GET" if body is None and form is None else "POST"
+        status, content, answered = self.answer(path, 60, method, sent, headers)
+        return status, content, answered.get_all("Set-Cookie") or []
+
+    def answer(
+        self,
+        path: str,
+        seconds: float,
+        method: str = "GET",
+        sent: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> tuple[int, bytes, Message]:
+        """Send one request; return status, body and headers.
+
+        :param seconds: that the answer may take.
+        """
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=seconds)
+        cookie = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
+        try:
+            connection.request(method, path, sent, {"Cookie": cookie, **(headers or {})})
+            response = connection.getresponse()
+            content = response.read()
+        finally:
+            connection.close()
+        for line in response.headers.get_all("Set-Cookie") or []:
             for name, morsel in SimpleCookie(line).items():
                 if morsel["max-age"] == "0":
                     self.cookies.pop(name, None)
                 else:
                     self.cookies[name] = morsel.value
-        connection.close()
-        return response.status, content, lines
+        return response.status, content, response.headers
+
+    def take(self, sent: dict[str, str], now: dict[str, str]) -> None:
+        """Take over what an answer changed: the cookies that were sent, and what became of them."""
+        for name in sent.keys() - now.keys():
+            self.cookies.pop(name, None)
+        self.cookies.update({name: value for name, value in now.items() if sent.get(name) != value})
 
     def show(self) -> dict[str, Any]:
         """Return the session as the app sees it."""
@@ -187,9 +214,7 @@ class WebBrowser:
         twin = WebBrowser(self._port, self.cookies)
         sent = dict(twin.cookies)
         status, body, _ = twin.request(path)
-        for name in sent.keys() - twin.cookies.keys():
-            self.cookies.pop(name, None)
-        self.cookies.update({name: value for name, value in twin.cookies.items() if sent.get(name) != value})
+        self.take(sent, twin.cookies)
         return status, body
 
     def parallel(self, paths: list[str]) -> list[int]:
@@ -206,10 +231,19 @@ class WebBrowser:
 
 @contextmanager
 def serving(
-    server: Server, *options: str, workers: int = 3, threads: int = 12, **settings: Any
+    server: Server | None,
+    *options: str,
+    workers: int = 3,
+    threads: int = 12,
+    app: str = "tests.web:create_app()",
+    **settings: Any,
 ) -> Iterator[Web]:
-    """Serve the app by gunicorn on a free port until the block ends."""
-    settings = {"SESSION_REDIS_URL": server.url, **settings}
+    """Serve an app by gunicorn on a free port until the block ends.
+
+    :param server: whose URL is among the settings if this is None.
+    """
+    if server is not None:
+        settings = {"SESSION_REDIS_URL": server.url, **settings}
     with tempfile.TemporaryDirectory() as folder:
         chosen = Path(folder) / "port"
         config = Path(folder) / "gunicorn.conf.py"
@@ -219,10 +253,10 @@ def serving(
             f"    open({str(chosen)!r} + '.new', 'w').write(str(server.LISTENERS[0].sock.getsockname()[1]))\n"
             f"    import os; os.rename({str(chosen)!r} + '.new', {str(chosen)!r})\n"
         )
-        command = [sys.executable, "-m", "gunicorn", "tests.web:create_app()", "--bind", "127.0.0.1:0"]
+        command = [sys.executable, "-m", "gunicorn", app, "--bind", "127.0.0.1:0"]
         command += ["--workers", str(workers), "--threads", str(threads), "--log-level", "error"]
         command += ["--config", str(config), *options]
-        environment = {**os.environ, _SETTINGS: json.dumps(settings), "XDG_RUNTIME_DIR": folder}
+        environment = {**os.environ, SETTINGS: json.dumps(settings), "XDG_RUNTIME_DIR": folder}
         process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[1])
         try:
             assert eventually(lambda: chosen.exists() or process.poll() is not None, 30)

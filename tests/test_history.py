@@ -1,0 +1,232 @@
+"""The checker of histories: histories written by hand, right ones and one for each way to be wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .history import History, Kind, Record, check
+
+HANDLE = "H" * 22
+
+
+def record(op: str, start: float, end: float, key: str = "", **more: Any) -> Record:
+    """A request of the life ``a``; ``version`` is the one that it made, ``value`` without the name."""
+    version = more.pop("version", 0)
+    if op not in {"read", "logout"}:
+        more.setdefault("value", None if op == "drop" else f"a:{more.pop('item', key)}")
+        more.setdefault("commits", ((HANDLE, version),) if version else ())
+    else:
+        more["version"] = version
+    return Record("a", op, start, end, key=key, **more)
+
+
+START = record("start", 0, 1, "owner", version=1)
+
+
+def held(version: int, **content: Any) -> dict[str, tuple[int, dict[str, Any]]]:
+    return {HANDLE: (version, {"owner": "a:owner", **content})}
+
+
+def kinds(history: History) -> list[Kind]:
+    return [violation.kind for violation in check(history).violations]
+
+
+def verdict(*records: Record, stored: dict[str, Any] | None = None, **more: Any) -> list[Kind]:
+    return kinds(History([START, *records], stored or {}, **more))
+
+
+RIGHT = {
+    "a set": ([record("put", 2, 3, "k1", version=2)], held(2, k1="a:k1")),
+    "a set that was not answered, applied": ([record("put", 2, 3, "k1", status=503)], held(2, k1="a:k1")),
+    "a set that was not answered, not applied": ([record("put", 2, 3, "k1", status=0)], held(1)),
+    "a set that was dropped over a rotation": (
+        [record("rotate", 2, 5, "k1", version=2), record("put", 3, 4, "k2", discarded="stale")],
+        held(2, k1="a:k1"),
+    ),
+    "an unanswered write that is applied after a later one": (
+        [
+            record("put", 2, 3, "r0", item="old", status=503),
+            record("put", 4, 5, "r0", item="new", version=2),
+            record("read", 6, 7, seen={"owner": "a:owner", "r0": "a:old"}, version=3),
+        ],
+        held(3, r0="a:old"),
+    ),
+    "a read beside a write": (
+        [
+            record("put", 2, 6, "r0", version=2),
+            record("read", 3, 4, seen={"owner": "a:owner"}, version=1),
+            record("read", 3, 5, seen={"owner": "a:owner", "r0": "a:r0"}, version=2),
+        ],
+        held(2, r0="a:r0"),
+    ),
+    "a list and a sum": (
+        [
+            record("add", 2, 3, "list", item="x", version=2),
+            record("add", 2, 3, "list", item="y", status=503),
+            record("add", 4, 5, "sum", version=4),
+            record("add", 4, 5, "sum", status=0),
+        ],
+        held(4, list=["a:y", "a:x"], sum=1),
+    ),
+    "a log-out, and a write that came late": (
+        [record("logout", 2, 3), record("late", 4, 5, "k2", commits=(("new", 1),)), record("read", 6, 7, seen={})],
+        {"new": (1, {"k2": "a:k2"})},
+    ),
+    "a read of another process within the trust": (
+        [record("logout", 2, 3), record("read", 4, 5, seen={"owner": "a:owner"}, version=1)],
+        {},
+    ),
+    "a read after a rotation whose answer was lost": (
+        [record("rotate", 2, 3, "k1", status=0), record("read", 4, 5, seen={})],
+        held(2, k1="a:k1"),
+    ),
+}  # fmt: skip
+
+WRONG: dict[str, tuple[Kind, list[Record], dict[str, Any]]] = {
+    "a set that is gone": (Kind.LOST, [record("put", 2, 3, "k1", version=2)], held(2)),
+    "an item that is gone": (Kind.LOST, [record("add", 2, 3, "list", version=2)], held(2)),
+    "an increment that is gone": (Kind.LOST, [record("add", 2, 3, "hits", version=2)], held(2)),
+    "a session that is gone": (Kind.LOST, [record("put", 2, 3, "k1", version=2)], {}),
+    "an answer that nothing came of": (Kind.LOST, [record("put", 2, 3, "k1")], held(1, k1="a:k1")),
+    "dropped for no reason": (Kind.LOST, [record("put", 2, 3, "k1", discarded="gone")], held(1)),
+    "a live session that shows nothing": (Kind.LOST, [record("read", 2, 3, seen={})], held(1)),
+    "a new session under a live id": (
+        Kind.LOST,
+        [record("put", 2, 3, "k1", commits=(("new", 1),))],
+        {**held(1, k1="a:k1"), "new": (1, {"k1": "a:k1"})},
+    ),
+    "an item twice": (
+        Kind.DOUBLED,
+        [record("add", 2, 3, "tally", version=2)],
+        held(2, tally=["a:tally", "a:tally"]),
+    ),
+    "an unanswered item twice": (
+        Kind.DOUBLED,
+        [record("add", 2, 3, "list", status=503)],
+        held(3, list=["a:list", "a:list"]),
+    ),
+    "an increment twice": (Kind.DOUBLED, [record("add", 2, 3, "hits", version=2)], held(2, hits=2)),
+    "a commit too many": (Kind.DOUBLED, [record("put", 2, 3, "k1", version=2)], held(3, k1="a:k1")),
+    "logged out and there": (Kind.RETURNED, [record("logout", 2, 3)], held(1)),
+    "logged out and shown": (
+        Kind.RETURNED,
+        [record("logout", 2, 3), record("read", 5.5, 6, seen={"owner": "a:owner"}, version=1)],
+        {},
+    ),
+    "a late write into what had ended": (
+        Kind.RETURNED,
+        [record("logout", 2, 3), record("late", 4, 5, "k2", version=2)],
+        {},
+    ),
+    "old data in a new session": (
+        Kind.RETURNED,
+        [record("logout", 2, 3), record("late", 4, 5, "k2", commits=(("new", 1),))],
+        {"new": (1, {"k2": "a:k2", "owner": "a:owner"})},
+    ),
+    "deleted and there": (
+        Kind.RETURNED,
+        [record("put", 2, 3, "r0", version=2), record("drop", 4, 5, "r0", version=3)],
+        held(3, r0="a:r0"),
+    ),
+    "dropped and there": (
+        Kind.RETURNED,
+        [record("rotate", 2, 5, "k1", version=2), record("put", 3, 4, "k2", discarded="stale")],
+        held(2, k1="a:k1", k2="a:k2"),
+    ),
+    "a value of another session": (Kind.FOREIGN, [], held(1, owner="b:owner")),
+    "a read of another session": (Kind.FOREIGN, [record("read", 2, 3, seen={"owner": "b:owner"}, version=1)], held(1)),
+    "a key that nobody wrote": (Kind.FOREIGN, [], held(1, k9="a:k9")),
+    "two sessions in one": (Kind.FOREIGN, [], {**held(1), "new": (1, {"k1": "a:k1", "k2": "b:k2"})}),
+    "a write that is not seen": (
+        Kind.STALE,
+        [
+            record("put", 2, 3, "r0", item="old", version=2),
+            record("put", 4, 5, "r0", item="new", version=3),
+            record("read", 6, 7, seen={"owner": "a:owner", "r0": "a:old"}, version=3),
+        ],
+        held(3, r0="a:new"),
+    ),
+    "a sum that is not seen": (
+        Kind.STALE,
+        [record("add", 2, 3, "sum", version=2), record("read", 6, 7, seen={"owner": "a:owner"}, version=2)],
+        held(2, sum=1),
+    ),
+    "a version twice": (
+        Kind.VERSION,
+        [record("put", 2, 3, "k1", version=2), record("put", 2, 3, "k2", version=2)],
+        held(3, k1="a:k1", k2="a:k2"),
+    ),
+    "a version that falls": (
+        Kind.VERSION,
+        [record("put", 2, 3, "k1", version=3), record("put", 4, 5, "k2", version=2)],
+        held(3, k1="a:k1", k2="a:k2"),
+    ),
+    "a read of an older version": (
+        Kind.VERSION,
+        [record("drop", 2, 3, "r0", version=2), record("read", 4, 5, seen={"owner": "a:owner"}, version=1)],
+        held(2),
+    ),
+    "a failure of the app": (Kind.ERROR, [record("put", 2, 3, "k1", status=500)], held(1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_history_is_right(name: str) -> None:
+    """What luasession promises, and what a lost answer leaves open, is found right."""
+    records, stored = RIGHT[name]
+    assert verdict(*records, stored=stored) == []
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_history_is_found(name: str) -> None:
+    """Each broken promise is found, and told by its kind."""
+    kind, records, stored = WRONG[name]
+    found = verdict(*records, stored=stored)
+    assert kind in found, found
+    assert set(found) <= {kind, Kind.STALE, Kind.VERSION}, found
+
+
+def test_each_kind_is_among_the_wrong_ones() -> None:
+    """No kind of violation is without a history that shows it."""
+    assert {kind for kind, *_ in WRONG.values()} == set(Kind)
+
+
+def test_a_failover_may_lose_what_was_not_waited_for() -> None:
+    """What was acknowledged before a failover's end and is gone is counted; after it, it is a violation."""
+    lost = record("put", 2, 3, "k1", version=2)
+    history = History([START, lost], held(1), failovers=[(2.5, 4)])
+    report = check(history)
+    assert report.violations == []
+    assert sum(violation.count for violation in report.lost) == 1
+    history.waits = True
+    assert Kind.LOST in kinds(history)
+    assert Kind.LOST in kinds(History([START, lost], held(1), failovers=[(-3, -2)]))
+
+
+def test_a_failover_excuses_nothing_else() -> None:
+    """An item twice, or a value of another session, is a violation whatever failed over."""
+    twice = record("add", 2, 3, "list", version=2)
+    failovers = [(2.5, 4.0)]
+    assert verdict(twice, stored=held(2, list=["a:list", "a:list"]), failovers=failovers) == [Kind.DOUBLED]
+    assert verdict(stored=held(1, owner="b:owner"), failovers=failovers) == [Kind.FOREIGN]
+
+
+def test_a_report_counts() -> None:
+    """Requests, acknowledged changes, unknown ones and the longest wait are counted."""
+    put = record("put", 2, 4.5, "k1", version=2)
+    unknown = record("add", 5, 6, "list", status=503)
+    read = record("read", 7, 8, seen={"owner": "a:owner", "k1": "a:k1"}, version=2)
+    report = check(History([START, put, unknown, read], held(2, k1="a:k1")))
+    assert (report.requests, report.acknowledged, report.unknown, report.longest) == (4, 2, 1, 2.5)
+
+
+def test_a_violation_reads_as_a_history() -> None:
+    """Its text has the requests that show it, in order, each with its times and what it was told."""
+    history = History([START, record("put", 2, 3, "k1", version=2)], held(2))
+    (violation,) = check(history).violations
+    assert str(violation).splitlines() == [
+        "LOST: a: k1 = 'a:k1' is missing",
+        "        2.000 to     3.000  200  a put k1 = 'a:k1'  version 2 of HHHHHH",
+    ]
