@@ -309,9 +309,10 @@ def test_a_guard_taken_out_is_found(
             test_a_log_out_over_a_rotation(make_valkey_app, LOG_OUTS[0])
 
 
-def test_the_number_of_schedules() -> None:
-    """So many orders were played; the table is shown with ``-s``."""
-    print()
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    """Show with ``-s`` how many orders were played."""
+    yield
     for name, played in PLAYED.items():
         print(f"{played:7} orders  {name}")
     print(f"{sum(PLAYED.values()):7} in all")

@@ -101,6 +101,8 @@ class Machine(RuleBasedStateMachine):
 
     #: Two processes on the same sessions.
     apps: tuple[TestApp, TestApp]
+    #: How many requests were run to their ends, over all examples.
+    closed = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,6 +269,7 @@ class Machine(RuleBasedStateMachine):
         answer = Answer(response.headers.getlist("Set-Cookie"))
         self.answers.append(answer)
         self._apply(request, answer)
+        type(self).closed += 1
         for handle, stored in self.stored.items():
             self._compare(handle, stored)
         if not late:
@@ -385,3 +388,4 @@ def test_requests_in_any_order(two_processes: type[Machine]) -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+    assert two_processes.closed > 100
