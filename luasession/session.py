@@ -50,6 +50,8 @@ class LuaSession(SessionMixin):
     _created = False
     _saved = False
     _destroyed = False
+    # What a commit of the view's own refused; the view has been told by the exception.
+    _refused: Delta | None = None
 
     def __init__(self, visit: Visit, serializer: Serializer, policies: Policies) -> None:
         self._visit = visit
@@ -261,6 +263,9 @@ class LuaSession(SessionMixin):
     def commit(self) -> None:
         """Apply the delta now, and go on.
 
+        If it is refused, nothing of it is stored, now or at the end of the request; :meth:`reload` and
+        do it anew, or let the error be answered.
+
         :raise SessionConflict: if a policy says so.
         :raise SessionGone: if the session has ended, or was rotated away.
         :raise SessionUnavailable: if Redis does not answer within the deadline.
@@ -399,9 +404,13 @@ class LuaSession(SessionMixin):
         if delta.cleared and not delta.creates and self._visit.id is not None:
             self._end()
             return None
-        if not delta:
+        if not delta or delta == self._refused:
             return None
-        return self._commit(delta)
+        try:
+            return self._commit(delta)
+        except SessionConflict:
+            self._refused = delta
+            raise
 
     def _end(self) -> None:
         handle = self._handle

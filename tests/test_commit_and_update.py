@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from flask import session
 
-from luasession import SessionUnavailable, merge, session_discarded
+from luasession import SessionConflict, SessionUnavailable, merge, session_conflict, session_discarded
 
 from .conftest import Browser, MakeApp, TestApp
 
@@ -93,6 +93,35 @@ def test_what_is_set_after_a_caught_failure_is_told(
 
     browser.run(again)
     assert browser.run(lambda: dict(session)) == {"start": 0, "b": 2}
+
+
+@pytest.mark.parametrize("caught", [False, True])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_refused_commit_is_told_once(make_app: MakeApp, caught: bool, later: bool) -> None:
+    """What ``commit()`` has refused is not sent again at the end, unless the view has added to it."""
+    app = make_app(SESSION_CONFLICT="raise")
+    told: list[str] = []
+    answered: list[int] = []
+    session_conflict.connect(lambda _app, key, **_: told.append(key), app.flask, weak=False)
+    app.flask.register_error_handler(409, lambda error: (answered.append(error.code), ("no", 409))[1])
+    browser, twin = started(app, n=1)
+
+    def view() -> None:
+        session["n"] += 1
+        twin.run(lambda: session.update(n=10))
+        try:
+            session.commit()
+        except SessionConflict:
+            if later:
+                session["more"] = 1
+            if not caught:
+                raise
+
+    browser.run(view, status=200 if caught and not later else 409)
+    times = 2 if later else 1
+    assert told == ["n"] * times
+    assert len(answered) == times - caught
+    assert browser.run(lambda: dict(session)) == {"start": 0, "n": 10}
 
 
 # -- atomic_update on what this request has changed already --------------------------
