@@ -7,7 +7,7 @@
 -- ARGV[3]   numbers, packed: age of the request in microseconds; microseconds since the first sending of
 --           this commit (0: this is the first); flags (1 create the session, 2 clear it before the fields
 --           are set, 4 requests open at a rotation may still commit, 8 the touch interval is the default,
---           so that a lifetime of its own shortens it); idle lifetime in ms, where the session has none
+--           so that a lifetime of its own shortens it, 16 replicas are waited for); idle lifetime in ms, where the session has none
 --           of its own; touch interval in ms; absolute lifetime of a new session in ms (0: none); grace
 --           time for former digests and empty sessions in ms; most bytes of the session, names and values
 -- ARGV[4]   base, packed: version and write id; empty: a blind write
@@ -55,7 +55,8 @@ local new_principal = ARGV[12] or ''
 local new_label = ARGV[13] or ''
 local offer = ARGV[14] or ''
 
-local create, clear, in_flight, by_default = flags % 2 == 1, flags % 4 >= 2, flags % 8 >= 4, flags >= 8
+local create, clear, in_flight = flags % 2 == 1, flags % 4 >= 2, flags % 8 >= 4
+local by_default, waited_for = flags % 16 >= 8, flags >= 16
 local base_version, base_id
 if base ~= '' then base_version, base_id = struct.unpack('>I4c8', base) end
 
@@ -118,6 +119,8 @@ if found then
   local behind = math.floor((#ring - found + 1) / 8) - 1
   local before = found > 23 and struct.pack('>I4c8', version - behind - 1, ring:sub(found - 8, found - 1))
     or ('\0'):rep(12)
+  -- WAIT counts replicas that have the last write of its own connection, so there has to be one.
+  if waited_for then redis.call('HSET', session, '@v', state) end
   return answer('applied', struct.pack(APPLIED, version - behind, before, 0, 2) .. identity .. state)
 end
 -- Not in the ring, but it may have been there: from before the floor nobody can tell any more. When it was

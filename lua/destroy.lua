@@ -8,6 +8,7 @@
 -- ARGV[4]  grace time, how long the tombstone stays, ms
 -- ARGV[5]  '=' and the principal that the session must have; empty: any
 -- ARGV[6]  1: leave a tombstone even where there is no session yet
+-- ARGV[7]  1: replicas are waited for
 --
 -- Reply: {code, call id, time in microseconds as 7 bytes}, by code
 --   destroyed  the session has ended
@@ -20,6 +21,7 @@ local resend = tonumber(ARGV[3])
 local grace = tonumber(ARGV[4])
 local wanted = ARGV[5]
 local always = ARGV[6] == '1'
+local waited_for = ARGV[7] == '1'
 
 local IDENTITY, IDENTITY_BYTES = '>Bc32I6I6', 45
 local FORMER, FORMER_BYTES = '>c32I7I6B', 46
@@ -36,7 +38,12 @@ local meta = redis.call('HMGET', session, '@i', '@f', '@p', '@t', '@n')
 local identity, formers, principal, ended, pending = meta[1], meta[2] or '', meta[3], meta[4], meta[5]
 
 -- Sent again: the first sending may be what ended it, so a log-out whose reply was lost is one.
-if ended then return answer(resend > 0 and 'destroyed' or 'missing') end
+if ended then
+  if resend == 0 then return answer('missing') end
+  -- WAIT counts replicas that have the last write of its own connection, so there has to be one.
+  if waited_for then redis.call('HSET', session, '@t', ended) end
+  return answer('destroyed')
+end
 if not identity and not always then return answer('missing') end
 
 if digest ~= '' then

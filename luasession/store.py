@@ -59,6 +59,7 @@ class Store:
         # What commit.lua is told each time.
         absolute_ms = config.absolute_ms or 0
         self._limits = absolute_ms.to_bytes(6) + config.grace_ms.to_bytes(6) + config.max_bytes.to_bytes(4)
+        self._waits = 16 if config.wait_replicas else 0
         self._vault = Vault(config.encryption_keys) if config.encryption_keys else None
 
     # -- reading ------------------------------------------------------------
@@ -234,7 +235,7 @@ class Store:
         config = self._config
         delta = self._sealed(handle, delta)
         write_id = new_write_id()
-        flags = create | delta.cleared << 1
+        flags = self._waits | create | delta.cleared << 1
         if delta.rotation is None or delta.rotation.in_flight:
             flags |= 4
         if config.touch_interval_ms is None and caller.uses:
@@ -335,9 +336,10 @@ class Store:
         :raise SessionUnavailable: if Redis does not answer within the deadline.
         """
         wanted = b"" if principal is None else pack_change(Change(principal))
+        waited_for = b"1" if self._config.wait_replicas else b""
 
         def arguments(_age: int, resend: int) -> tuple[bytes, ...]:
-            return (digest, b"%d" % resend, b"%d" % self._config.grace_ms, wanted, b"%d" % always)
+            return (digest, b"%d" % resend, b"%d" % self._config.grace_ms, wanted, b"%d" % always, waited_for)
 
         _sent, (code, *_) = self.calls.run("destroy", handle, new_write_id(), caller, arguments)
         self._here.cache.drop(handle)

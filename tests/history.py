@@ -402,13 +402,18 @@ def _strangers(history: History, lives: dict[str, list[Record]]) -> Iterator[Vio
     for handle, (_, content) in history.stored.items():
         if handle in own:
             continue
-        names = {str(value).partition(":")[0] for value in content.values() if isinstance(value, str)}
+        texts = [
+            text for value in content.values() for text in (value if isinstance(value, list) else [value])
+        ]
+        names = {text.partition(":")[0] for text in texts if isinstance(text, str)}
         if len(names) > 1:
             yield Violation(Kind.FOREIGN, "", f"{handle} holds values of {sorted(names)}: {content}")
             continue
         maker = makers.get(handle)
         name = maker.life if maker else next(iter(names), "")
-        written = [r for r in lives.get(name, []) if r.changes and not r.refused]
+        # A number does not say whose it is: it may be anybody's.
+        theirs = lives.get(name, []) if name else [record for records in lives.values() for record in records]
+        written = [r for r in theirs if r.changes and not r.refused]
         unknown = [record for record in written if record.unknown]
         if maker is None and not any(content == _alone(record) for record in unknown):
             message = f"nobody began {handle}: {content}"

@@ -232,6 +232,47 @@ def test_a_lost_reply_is_one_commit(make_app: MakeApp, monkeypatch: pytest.Monke
 # Replicas that acknowledge.
 
 
+@pytest.mark.parametrize("how", ["commit", "destroy"])
+def test_replicas_acknowledge_what_was_sent_again(
+    topology: Topology, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A commit or log-out whose reply was lost is not acknowledged by replicas that lack it, on the next connection."""
+    app = make_app(SESSION_CACHE_TTL=0, SESSION_WAIT_REPLICAS=1, SESSION_WAIT_TIMEOUT=5)
+    browser = app.browser()
+    browser.run(lambda: session.update(n=1))
+    hasty = app.another(SESSION_WAIT_TIMEOUT=0.05)
+    primary = owner(topology, app, browser)
+    original, sent = Connections._exchange, []
+
+    def lossy(connection: Any, words: Any, wait: Any, *about: Any) -> Any:
+        if wait is None or words[0] != b"EVALSHA":
+            return original(connection, words, wait, *about)
+        sent.append(words)
+        if len(sent) > 1:
+            return original(connection, words, wait, *about)
+        original(connection, words, None, *about)
+        raise redis.ConnectionError("the reply is lost")
+
+    with primary.client() as client:
+        ports = {
+            int(fields["port"])
+            for name, fields in client.info("replication").items()
+            if name.startswith("slave") and isinstance(fields, dict)
+        }
+    replicas = [each for each in topology.servers if each.port in ports]
+    assert replicas
+    for each in replicas:
+        each.pause()
+    try:
+        monkeypatch.setattr(Connections, "_exchange", staticmethod(lossy))
+        view = (lambda: session.update(n=2)) if how == "commit" else (lambda: session.destroy())
+        browser.twin(hasty).run(view, status=503)
+    finally:
+        for each in replicas:
+            each.resume()
+    assert len(sent) == 2
+
+
 def test_replicas_acknowledge(topology: Topology, make_app: MakeApp) -> None:
     """With ``SESSION_WAIT_REPLICAS`` commit and destroy need the replicas: of them stopped, 503 with how many."""
     app = make_app(SESSION_CACHE_TTL=0, SESSION_WAIT_REPLICAS=1, SESSION_WAIT_TIMEOUT=5)
