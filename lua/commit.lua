@@ -6,10 +6,11 @@
 -- ARGV[2]   digest of the secret, 32 bytes; empty: whatever is current
 -- ARGV[3]   numbers, packed: age of the request in microseconds; microseconds since the first sending of
 --           this commit (0: this is the first); flags (1 create the session, 2 clear it before the fields
---           are set, 4 requests open at a rotation may still commit, 8 the touch interval is the default,
---           so that a lifetime of its own shortens it, 16 replicas are waited for); idle lifetime in ms, where the session has none
---           of its own; touch interval in ms; absolute lifetime of a new session in ms (0: none); grace
---           time for former digests and empty sessions in ms; most bytes of the session, names and values
+--           are set, 4 requests open at a rotation may still commit, 8 the touch interval is the default, so
+--           that a lifetime of its own shortens it, 16 replicas are waited for); idle lifetime in ms, where
+--           the session has none of its own; touch interval in ms; absolute lifetime of a new session in ms
+--           (0: none); grace time for former digests and empty sessions in ms; most bytes of the session,
+--           names and values
 -- ARGV[4]   base, packed: version and write id; empty: a blind write
 -- ARGV[5]   own commits of this request since the base, 4 bytes of each write id
 -- ARGV[6]   fields set, packed: check (0 none, 1 report, 2 strict), ttl in ms (0 none, 2^48 - 1: the end
