@@ -232,6 +232,19 @@ def test_a_lost_reply_is_one_commit(make_app: MakeApp, monkeypatch: pytest.Monke
 # Replicas that acknowledge.
 
 
+def replicas_of(topology: Topology, primary: Any) -> list[Any]:
+    """Return the servers that replicate a primary, one at least."""
+    with primary.client() as client:
+        ports = {
+            int(fields["port"])
+            for name, fields in client.info("replication").items()
+            if name.startswith("slave") and isinstance(fields, dict)
+        }
+    replicas = [each for each in topology.servers if each.port in ports]
+    assert replicas
+    return replicas
+
+
 @pytest.mark.parametrize("how", ["commit", "destroy"])
 def test_replicas_acknowledge_what_was_sent_again(
     topology: Topology, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, how: str
@@ -253,14 +266,7 @@ def test_replicas_acknowledge_what_was_sent_again(
         original(connection, words, None, *about)
         raise redis.ConnectionError("the reply is lost")
 
-    with primary.client() as client:
-        ports = {
-            int(fields["port"])
-            for name, fields in client.info("replication").items()
-            if name.startswith("slave") and isinstance(fields, dict)
-        }
-    replicas = [each for each in topology.servers if each.port in ports]
-    assert replicas
+    replicas = replicas_of(topology, primary)
     for each in replicas:
         each.pause()
     try:
@@ -284,14 +290,7 @@ def test_replicas_acknowledge(topology: Topology, make_app: MakeApp) -> None:
     mine = browser.twin(hasty)
     mine.run(see)
     primary = owner(topology, app, browser)
-    with primary.client() as client:
-        ports = {
-            int(fields["port"])
-            for name, fields in client.info("replication").items()
-            if name.startswith("slave") and isinstance(fields, dict)
-        }
-    replicas = [each for each in topology.servers if each.port in ports]
-    assert replicas
+    replicas = replicas_of(topology, primary)
     for each in replicas:
         each.pause()
     try:
