@@ -71,11 +71,14 @@ local NOTHING, COMMIT, ALL = 0, 1, 2             -- under a former digest: nothi
                                                  -- before may commit, all goes until the grace ends
 local PENDING, PENDING_BYTES = '>c32I6', 38      -- digest offered and not yet presented, moment ms
 local NONE = ('\0'):rep(8)
-local RING, RING_HEAD = '>I7I7B', 15                -- floor us, last halving us, ids from before it
+local RING, RING_HEAD = '>I7I7B', 15                -- floor us, mark us, ids from before the mark
 local TRANSIT = 20000                            -- microseconds by which two calls' transits may differ
 local KEEP = 2 ^ 48 - 1                          -- a ttl: the end that the field has now
 local EVERYTHING = 255                           -- a journal entry that names no fields
-local QUIET, BUSY = 64, 768                      -- bytes of ring and of journal
+local RECENT = 5000000                           -- microseconds that a quiet session's last commit lies back
+local QUIET, BUSY, CROWDED = 64, 256, 768        -- bytes of the journal
+local RING_BUSY, RING_MOST = 512, 1024           -- bytes of the ring, QUIET of a quiet session's
+local FEW = 8                                    -- commits that may lie between base and commit in no crowd
 local CHUNK = 7000                               -- arguments that unpack takes
 
 local clock = redis.call('TIME')
@@ -206,15 +209,12 @@ end
 -- Names and values to set, with room for the metadata; names to delete; the checks and ttls that are not 0.
 local writes, removed, checks, ttls = {'@v', false, '@r', false, '@j', false}, {}, nil, nil
 local SETS = #writes + 1
+local named = {} -- all names that this commit touches
 local after, fields_before = bytes, fields
 if clear then after, fields = 0, 0 end
-local function take_out(name)
-  local length = (create or clear) and 0 or redis.call('HSTRLEN', session, name)
-  if length > 0 then after, fields = after - length - #name, fields - 1 end
-end
 local at, check, ttl, name, value = 1
 if clear then deadlines = false end
-local due_at = {}
+local due_at = deadlines and {}
 while deadlines and at <= #deadlines do
   local deadline
   name, deadline, at = struct.unpack('>I4c0I6', deadlines, at)
@@ -227,11 +227,12 @@ while at <= #packed_sets do
     checks = checks or {}
     checks[name] = check
   end
-  take_out(name)
+  named[#named + 1] = name
   local lapsed = false
   if ttl == KEEP then
-    ttl = due_at[name] and due_at[name] - now or 0
-    lapsed = ttl < 0 or due_at[name] == now
+    local due_then = due_at and due_at[name]
+    ttl = due_then and due_then - now or 0
+    lapsed = due_then and due_then <= now
   end
   if lapsed then
     removed[#removed + 1] = name
@@ -250,11 +251,11 @@ at = 1
 while at <= #packed_deletes do
   check, name, at = struct.unpack('>BI4c0', packed_deletes, at)
   removed[#removed + 1] = name
+  named[#named + 1] = name
   if check > 0 then
     checks = checks or {}
     checks[name] = check
   end
-  take_out(name)
 end
 
 -- Fields with an end of their own: keep the list, and take out what has expired.
@@ -262,8 +263,7 @@ local kept_deadlines, expired
 if deadlines or ttls then
   kept_deadlines, expired = {}, {}
   local mine = {}
-  for i = SETS, last_set, 2 do mine[writes[i]] = true end
-  for i = 1, #removed do mine[removed[i]] = true end
+  for i = 1, #named do mine[named[i]] = true end
   at = 1
   while deadlines and at <= #deadlines do
     local deadline
@@ -274,7 +274,7 @@ if deadlines or ttls then
         kept_deadlines[#kept_deadlines + 1] = struct.pack('>I4c0I6', #name, name, deadline)
       else
         removed[#removed + 1] = name
-        take_out(name)
+        named[#named + 1] = name
       end
     end
   end
@@ -283,7 +283,12 @@ if deadlines or ttls then
   end
 end
 
-local last_removed = #removed
+if not clear and not create then
+  for i = 1, #named do
+    local length = redis.call('HSTRLEN', session, named[i])
+    if length > 0 then after, fields = after - length - #named[i], fields - 1 end
+  end
+end
 
 if after > max_bytes and after > bytes then
   return answer('large', after)
@@ -361,22 +366,25 @@ end
 -- The digest is replaced inside the hash, by a rotation or by an offered secret that is presented for the
 -- first time; the old one goes to the former ones (G8).
 local had_pending = pending
-local function replace_digest(by, may, limit)
-  local kept = {struct.pack(FORMER, current_digest, now_us, now + grace, may)}
-  for place = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
-    local former, moment, grace_end, may_still = struct.unpack(FORMER, formers, place)
-    if now < grace_end and #kept < 4 then
-      -- What a renewal had left in force ends with a rotation, too.
-      if may_still == ALL and limit < ALL then moment, grace_end = now_us, now + grace end
-      kept[#kept + 1] = struct.pack(FORMER, former, moment, grace_end, math.min(may_still, limit))
+local rotates = new_digest ~= '' and not create
+if promoted or rotates then
+  local function replace_digest(by, may, limit)
+    local kept = {struct.pack(FORMER, current_digest, now_us, now + grace, may)}
+    for place = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
+      local former, moment, grace_end, may_still = struct.unpack(FORMER, formers, place)
+      if now < grace_end and #kept < 4 then
+        -- What a renewal had left in force ends with a rotation, too.
+        if may_still == ALL and limit < ALL then moment, grace_end = now_us, now + grace end
+        kept[#kept + 1] = struct.pack(FORMER, former, moment, grace_end, math.min(may_still, limit))
+      end
     end
+    formers, current_digest, pending = table.concat(kept), by, false
   end
-  formers, current_digest, pending = table.concat(kept), by, false
-end
-if promoted then replace_digest(digest, ALL, ALL) end
-if new_digest ~= '' and not create then
-  local may = in_flight and principal == principal_before and COMMIT or NOTHING
-  replace_digest(new_digest, may, may)
+  if promoted then replace_digest(digest, ALL, ALL) end
+  if rotates then
+    local may = in_flight and principal == principal_before and COMMIT or NOTHING
+    replace_digest(new_digest, may, may)
+  end
 end
 -- A secret that is due is renewed in two phases, since an answer may be lost: this one is offered, and
 -- takes over when it is first presented. One that nobody presents is replaced after the grace.
@@ -412,44 +420,57 @@ if create or clear or new_digest ~= '' or promoted then
   end
 end
 
--- Ring and journal drop their older half when they are full, and keep the floor of what is left. A quiet
--- session keeps them short, so that it stays in the compact encoding (values up to 64 bytes).
-local limit = (now_us - committed < 5000000 or after > 2048) and BUSY or QUIET
-if create then ring = struct.pack(RING, 0, 0, 0) end
-local ring_limit = limit == QUIET and QUIET or 2 * BUSY
-if #ring + 8 > ring_limit then
-  local _, halved, before = struct.unpack(RING, ring)
-  local keep = math.floor((ring_limit - RING_HEAD) / 16)
-  local dropped = (#ring - RING_HEAD) / 8 - keep
-  -- The ids that were there at the last halving are from before it; of others only the last commit bounds it.
-  local floor = dropped <= before and halved or committed
-  ring = struct.pack(RING, floor, committed, keep) .. ring:sub(-8 * keep)
+-- A quiet session keeps ring and journal short, so that it stays in the compact encoding (values up to 64
+-- bytes); where many commit at once the journal reaches back further, as their bases do.
+local quiet = now_us - committed >= RECENT and after <= 2048
+local lagging = base_version and not create and version - 1 - base_version > FEW
+local limit = quiet and QUIET or (lagging or #journal > BUSY) and CROWDED or BUSY
+
+-- The ring lets go of what is no longer recent: what was there at the mark, once that is long enough ago.
+-- Only where there is no more room some go earlier, and then only the last commit bounds when they came.
+if create then ring = struct.pack(RING, 0, now_us, 0) end
+if #ring + 8 > (quiet and QUIET or RING_BUSY) then
+  local floor, mark, before = struct.unpack(RING, ring)
+  local ids, dropped = (#ring - RING_HEAD) / 8, nil
+  if quiet then
+    dropped = math.max(ids - 3, 0)
+    floor = committed
+  elseif now_us - mark >= RECENT then
+    dropped = before
+    if before > 0 then floor = mark end
+  elseif #ring + 8 > RING_MOST then
+    dropped = math.floor(ids / 2)
+    floor = committed
+  end
+  if dropped then
+    ring = struct.pack(RING, floor, committed, ids - dropped) .. ring:sub(RING_HEAD + 1 + 8 * dropped)
+  end
 end
 writes[4] = ring .. write_id
 
 if create then
   journal = struct.pack('>I4c4', version, write_id)
 else
-  local count, entry = (last_set - SETS + 1) / 2 + last_removed, nil
-  if not clear and count < EVERYTHING then
-    local parts, length = {struct.pack('>c4B', write_id, count)}, 0
-    local function note(field)
-      parts[#parts + 1] = struct.pack('>Bc0', #field, field)
-      length = length + 1 + #field
-      if #field > 255 then length = math.huge end
+  local entry
+  if not clear and #named < EVERYTHING then
+    local parts, length = {struct.pack('>c4B', write_id, #named)}, 0
+    for i = 1, #named do
+      local size = #named[i]
+      length = length + 1 + (size > 255 and math.huge or size)
+      if length > limit / 2 + 16 then break end
+      parts[i + 1] = struct.pack('>Bc0', size, named[i])
     end
-    for i = SETS, last_set, 2 do note(writes[i]) end
-    for i = 1, last_removed do note(removed[i]) end
     if length <= limit / 2 + 16 then entry = table.concat(parts) end
   end
   entry = entry or struct.pack('>c4B', write_id, EVERYTHING)
   if #journal + #entry > limit then
     local number, id = struct.unpack('>I4c4', journal)
-    local from, most = 9, limit == QUIET and limit or limit / 2
+    local most = limit == QUIET and limit or lagging and CROWDED / 2 or BUSY / 2
+    local from = 9
     while from <= #journal and 8 + #journal - from + 1 + #entry > most do
-      local named
-      id, named, from = struct.unpack('>c4B', journal, from)
-      for _ = 1, named == EVERYTHING and 0 or named do
+      local count
+      id, count, from = struct.unpack('>c4B', journal, from)
+      for _ = 1, count == EVERYTHING and 0 or count do
         from = from + 1 + journal:byte(from)
       end
       number = number + 1
