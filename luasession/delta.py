@@ -93,6 +93,11 @@ class Delta(NamedTuple):
         """Whether it starts a session where there is none."""
         return bool(self.sets or (self.principal and self.principal.value is not None))
 
+    @property
+    def only_sets(self) -> bool:
+        """Whether fields are set and nothing else changes, as is mostly the case."""
+        return bool(self.sets) and self[3:] == _NOTHING_ELSE
+
     def over(self, base: Snapshot | None, identity: bytes, state: bytes, now_ms: int) -> Snapshot:
         """Return the snapshot that this delta makes of the one it replaced.
 
@@ -114,6 +119,9 @@ class Delta(NamedTuple):
             fields.pop(name, None)
             deadlines.pop(name, None)
         for name, put in self.sets.items():
+            if not ends and not put.ttl_ms:
+                fields[name] = put.value
+                continue
             deadlines.pop(name, None)
             end = _end(put, ends.get(name, 0), now_ms)
             if end is None:  # it was to keep its end, and that has passed
@@ -128,6 +136,9 @@ class Delta(NamedTuple):
         if self.label:
             label = self.label.value
         return Snapshot(identity, state, fields, lifetime_ms, principal, label, deadlines)
+
+
+_NOTHING_ELSE: Final = Delta()[3:]
 
 
 def _left_of(base: Snapshot, now_ms: int) -> tuple[dict[bytes, bytes], dict[bytes, int]]:

@@ -11,10 +11,11 @@ def pack_delta(delta: Delta, new_digest: bytes, offer: bytes = b"") -> list[byte
     :param new_digest: of the secret that the session has afterwards, empty if it keeps its own.
     :param offer: see :func:`pack_offer`; empty for none.
     """
-    arguments = [
-        delta.base or b"",
-        b"".join([own[:4] for own in delta.own]) if delta.own else b"",
-        _pack_sets(delta),
+    own = b"".join([write_id[:4] for write_id in delta.own]) if delta.own else b""
+    arguments = [delta.base or b"", own, _pack_sets(delta)]
+    if not offer and not new_digest and delta.only_sets:
+        return arguments
+    arguments += [
         _pack_deletes(delta) if delta.deletes else b"",
         b"*" if delta.reads is None else b"".join([_pack_name(name) for name in delta.reads]),
         new_digest,

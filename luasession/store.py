@@ -10,6 +10,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -56,10 +57,8 @@ class Store:
         # What another thread held while it forked, a lock or half a conversation with Redis, is never
         # touched in the child. The hook holds the store weakly, as there is no way to take it back.
         os.register_at_fork(after_in_child=_starter_afresh(weakref.ref(self)))
-        # What commit.lua is told each time.
-        absolute_ms = config.absolute_ms or 0
-        self._limits = absolute_ms.to_bytes(6) + config.grace_ms.to_bytes(6) + config.max_bytes.to_bytes(4)
-        self._waits = 16 if config.wait_replicas else 0
+        # What commit.lua is told each time; it changes little.
+        self._numbers = lru_cache(maxsize=64)(partial(_numbers, config))
         self._vault = Vault(config.encryption_keys) if config.encryption_keys else None
 
     # -- reading ------------------------------------------------------------
@@ -232,17 +231,10 @@ class Store:
         *,
         create: bool = False,
     ) -> Applied | Conflicting | Refused:
-        config = self._config
         delta = self._sealed(handle, delta)
         write_id = new_write_id()
-        flags = self._waits | create | delta.cleared << 1
-        if delta.rotation is None or delta.rotation.in_flight:
-            flags |= 4
-        if config.touch_interval_ms is None and caller.uses:
-            flags |= 8
-        lifetime_ms = caller.lifetime_ms
-        touch_ms = config.touch_ms(lifetime_ms) if caller.uses else _NEVER
-        numbers = b"%c%b%b%b" % (flags, lifetime_ms.to_bytes(6), touch_ms.to_bytes(6), self._limits)
+        in_flight = delta.rotation is None or delta.rotation.in_flight
+        numbers = self._numbers(create, delta.cleared, in_flight, caller.lifetime_ms, caller.uses)
         packed = pack_delta(delta, rotate_to.digest if rotate_to else b"", self._packed_offer(offer))
 
         def arguments(age: int, resend: int) -> tuple[bytes, ...]:
@@ -270,7 +262,7 @@ class Store:
                 current.pop(b"*")
             return Conflicting(state[:12], current, everything)
         if code == Code.LARGE:
-            raise SessionTooLarge(rest[0], config.max_bytes)
+            raise SessionTooLarge(rest[0], self._config.max_bytes)
         if code == Code.UNKNOWN:
             raise SessionUnavailable("whether the commit was applied is no longer known")
         here.cache.drop(handle)
@@ -400,6 +392,21 @@ class Store:
     def _remember(self, handle: str, snapshot: Snapshot, sent: int) -> None:
         if self._config.cache_ttl is not None:
             self._here.cache.put(handle, snapshot, sent)
+
+
+def _numbers(
+    config: Config, create: bool, cleared: bool, in_flight: bool, lifetime_ms: int, uses: bool
+) -> bytes:
+    """Return what commit.lua is told of flags, times and bounds, from the flags on."""
+    by_default = config.touch_interval_ms is None and uses
+    flags = create | cleared << 1 | in_flight << 2 | by_default << 3 | bool(config.wait_replicas) << 4
+    milliseconds = (
+        lifetime_ms,
+        config.touch_ms(lifetime_ms) if uses else _NEVER,
+        config.absolute_ms or 0,
+        config.grace_ms,
+    )
+    return b"%c%b%b" % (flags, b"".join(ms.to_bytes(6) for ms in milliseconds), config.max_bytes.to_bytes(4))
 
 
 def _starter_afresh(reference: weakref.ref[Store]) -> Callable[[], None]:
