@@ -10,7 +10,7 @@ import redis
 
 from luasession.ids import SessionId, new_session_id
 
-from .peers import CHECKED, COLD, COOKIE, FLOOR, PEERS, RIVAL, Peer, family
+from .peers import CHECKED, COLD, COOKIE, FLOOR, LEAST, PEERS, RIVAL, Peer, family
 from .samples import Row, summary
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Population:
 
 def measure(population: Population, socket: str, rounds: int, calls: int) -> list[Row]:
     """Time the mix in this process."""
-    peers = {name: Peer(name, socket, TEN) for name in PEERS if name != CHECKED}
+    peers = {name: Peer(name, socket, TEN) for name in PEERS if name not in (CHECKED, *LEAST)}
     for name, peer in peers.items():
         if name != FLOOR:
             # The copies are as good as the session that they were made from.

@@ -160,9 +160,12 @@ def show(result: dict[str, Any]) -> None:
         f" {spread['degrees_of_freedom']} degrees of freedom, {spread['z']:+} standard deviations"
     )
     _table(
-        "Aims (P50, above the floor)",
-        ("", "aim", "measured", "met"),
-        [(row["what"], row["aim"], row["measured"], "yes" if row["met"] else "NO") for row in result["aims"]],
+        "Aims (P50, above the floor), and the least that anybody could have reached",
+        ("", "aim", "measured", "met", "least"),
+        [
+            (row["what"], row["aim"], row["measured"], "yes" if row["met"] else "NO", row["least"])
+            for row in result["aims"]
+        ],
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .limits import Limits
-from .peers import COOKIE, PEERS, Peer
+from .peers import COOKIE, LEAST, PEERS, Peer
 from .samples import Row, summary
 from .workloads import FRESH, HUGE, LARGE, SHAPES, STANDING
 
@@ -25,12 +25,16 @@ class _Requests:
         """Call each workload of each peer so often."""
         for workload, path in STANDING.items():
             for name, peer in self._peers.items():
+                if workload not in LEAST.get(name, STANDING):
+                    continue
                 peer.call(path)  # the first call after another peer's has its caches to fill
                 self._add(workload, name, [peer.call(path) for _ in range(calls)])
         if self._large:
             return
         for workload, path in FRESH.items():
             for name, peer in self._peers.items():
+                if name in LEAST:
+                    continue
                 peer.call("/untouched")
                 self._add(workload, name, [_fresh(peer, path) for _ in range(calls)])
 

@@ -52,11 +52,17 @@ def names(rows: Iterable[dict[str, Any]], *keys: str) -> set[tuple[Any, ...]]:
 
 def test_every_request_has_its_row(result: dict[str, Any]) -> None:
     """Each workload is measured on each shape for each peer, where a browser could do it at all."""
-    small = product((workloads.SMALL, workloads.MIXED), workloads.STANDING | workloads.FRESH, peers.PEERS)
-    no_cookie = [name for name in peers.PEERS if name != peers.COOKIE]
+    everybody = [name for name in peers.PEERS if name not in peers.LEAST]
+    small = product((workloads.SMALL, workloads.MIXED), workloads.STANDING | workloads.FRESH, everybody)
+    no_cookie = [name for name in everybody if name != peers.COOKIE]
     large = product((workloads.LARGE, workloads.HUGE), workloads.STANDING, no_cookie)
-    mix = {("10 fields", "mix", name) for name in peers.PEERS if name != peers.CHECKED}
-    assert names(result["requests"], "shape", "workload", "peer") == {*small, *large} | mix
+    mix = {("10 fields", "mix", name) for name in everybody if name != peers.CHECKED}
+    least = {
+        (shape, workload, name)
+        for name, its in peers.LEAST.items()
+        for shape, workload in product(workloads.SHAPES, its)
+    }
+    assert names(result["requests"], "shape", "workload", "peer") == {*small, *large} | mix | least
     assert names(result["limits"], "command") == {("PING",), ("GET",), ("HSET",), ("HGETALL",)}
 
 
