@@ -1,6 +1,6 @@
 -- index.lua: keep the index of one principal: enter a session, take others out, tell what is there.
 --
--- KEYS[1]  the index, a sorted set: handles by the moment of their entry, ms
+-- KEYS[1]  the index, a sorted set: handles by the moment of their entry, microseconds
 --
 -- ARGV[1]  call id, 8 bytes; the reply echoes it
 -- ARGV[2]  handle to enter, or to enter anew; empty: none
@@ -10,12 +10,12 @@
 -- ARGV[6]  handles to take out, 22 characters each
 --
 -- Reply: {code, call id, time in microseconds as 7 bytes, ...}, by code
---   entries  handle and moment of its entry, ms, of each
+--   entries  handle and moment of its entry, microseconds, of each
 
 local index = KEYS[1]
 local call_id = ARGV[1]
 local entered = ARGV[2]
-local youth = tonumber(ARGV[3])
+local youth_us = tonumber(ARGV[3]) * 1000
 local needed = tonumber(ARGV[4])
 local most = tonumber(ARGV[5])
 local taken_out = ARGV[6]
@@ -24,11 +24,10 @@ local HANDLE = 22
 
 local clock = redis.call('TIME')
 local now_us = clock[1] * 1000000 + clock[2]
-local now = math.floor(now_us / 1000)
 
 if entered ~= '' then
   local left = redis.call('PTTL', index)
-  redis.call('ZADD', index, now, entered)
+  redis.call('ZADD', index, now_us, entered)
   -- An index without a TTL (-1) may hold sessions that have no absolute end.
   if needed > 0 and left ~= -1 and left < needed then redis.call('PEXPIRE', index, needed) end
 end
@@ -37,7 +36,7 @@ for at = 1, #taken_out, HANDLE do
   local handle = taken_out:sub(at, at + HANDLE - 1)
   local moment = redis.call('ZSCORE', index, handle)
   -- A log-in enters its session before the session says so: what is young may be about to.
-  if moment and now - tonumber(moment) >= youth then redis.call('ZREM', index, handle) end
+  if moment and now_us - tonumber(moment) >= youth_us then redis.call('ZREM', index, handle) end
 end
 
 local reply = {'entries', call_id, struct.pack('>I7', now_us)}

@@ -54,7 +54,7 @@ def grow_old(app: TestApp, principal: str = "ada", by_ms: int = 3_600_000) -> No
     assert app.server is not None
     with app.server.client() as client:
         for handle in index(app, principal):
-            client.zincrby(index_key(app, principal), -by_ms, handle)
+            client.zincrby(index_key(app, principal), -by_ms * 1000, handle)
 
 
 def handles(app: TestApp, principal: str = "ada") -> list[str]:
@@ -78,6 +78,12 @@ def test_where_somebody_is_logged_in(app: TestApp) -> None:
         assert info.created_at <= info.last_seen < info.expires_at
         assert abs(info.expires_at - info.last_seen - timedelta(days=31)) < timedelta(seconds=1)
     assert sessions(app).sessions_of("nobody") == []
+
+
+def test_log_ins_of_one_millisecond_keep_their_order(app: TestApp) -> None:
+    """Sessions are told in the order of their log-ins, however quickly these follow one another."""
+    handles = [log_in(app.browser()) for _ in range(30)]
+    assert [info.handle for info in sessions(app).sessions_of("ada")] == handles
 
 
 def test_the_index_names_no_user(app: TestApp) -> None:
