@@ -54,6 +54,6 @@ def _save_late(_error: BaseException | None) -> None:
     session = request_ctx._session  # noqa: SLF001 - the public name marks the session as accessed
     if isinstance(session, LuaSession) and session.visit.used:
         try:
-            session.save_late()
+            session.transaction.save_late()
         except Exception:
             current_app.logger.exception("A change made while the response was sent was not stored")

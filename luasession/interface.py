@@ -71,7 +71,7 @@ class LuaSessionInterface(SessionInterface):
         if not isinstance(session, LuaSession):
             return
         try:
-            session.save()
+            session.transaction.save()
         except Exception as error:  # noqa: BLE001 - handed on to Flask, which knows what to do with each
             # Out of here an exception would pass by the app's handlers for its class. One that none of
             # them answers is raised again, and Flask makes a 500 of it.

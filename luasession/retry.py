@@ -110,7 +110,7 @@ class _Attempts:
     def __enter__(self) -> Self:
         with suppress(SessionGone):
             self._session.commit()
-        self._session.strict = True
+        self._session.transaction.ledger.strict = True
         return self
 
     def __exit__(
@@ -119,7 +119,7 @@ class _Attempts:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._session.strict = False
+        self._session.transaction.ledger.strict = False
 
     def committed(self) -> bool:
         """Commit, and tell whether that was it; prepare for another run if not."""
@@ -131,7 +131,7 @@ class _Attempts:
         except SessionConflict:
             if self._left <= 0:
                 # Without this the end of the request would store it, by the ordinary policy.
-                self._session.abandon()
+                self._session.transaction.abandon()
                 raise
             self._session.reload()
             # Flask keeps what get_flashed_messages() took out, which the new snapshot may hold again.

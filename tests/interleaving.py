@@ -31,7 +31,7 @@ from flask import session as flask_session
 from greenlet import getcurrent, greenlet
 from werkzeug.test import create_environ
 
-import luasession.session
+import luasession.transaction
 from luasession import SessionGone, SessionUnavailable, merge
 from luasession.client import Patience
 from luasession.delta import Delta, Put
@@ -871,7 +871,7 @@ def every_order(scene: Scene) -> Iterator[Run]:
     unhurried = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _seconds: None)
     order: list[int] = []
     while True:
-        with patch.object(luasession.session, "time", unhurried):
+        with patch.object(luasession.transaction, "time", unhurried):
             run = _play(scene, order)
         yield run
         # The next order: the last choice that had another one takes it, and what follows begins anew.

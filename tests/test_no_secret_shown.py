@@ -100,7 +100,13 @@ class Everything:
         visit = current.visit
         store = visit._store
         things = [session, current, visit, visit.id, visit.seen, visit.issued, visit.standing]
-        things += [store, store._here.cache, store._config, store._here.stats.counts(), current._ledger]
+        things += [
+            store,
+            store._here.cache,
+            store._config,
+            store._here.stats.counts(),
+            current.transaction.ledger,
+        ]
         self.note("shown", *things, [things], {"thing": current})
 
     def keep(self, browser: Browser) -> None:

@@ -1,0 +1,383 @@
+"""The transaction: what one request changes about its session, until it is committed.
+
+It brings together the keys (:mod:`luasession.ledger`), what else changes about the session, and the visit
+that takes the delta to the store: round by round where others changed the same keys, and told by signals.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from . import merge, signals
+from .clock import now_ns
+from .delta import KEEP, Change, Check, Delta, Put, Rotation
+from .errors import SessionConflict, SessionGone
+from .ledger import Conflict, Ledger
+from .outcome import Applied, Conflicting, Refused, Standing
+from .snapshot import Pair, field_name, session_key
+
+if TYPE_CHECKING:
+    from blinker import NamedSignal
+
+    from .codec import Serializer
+    from .policy import Policies
+    from .visit import Visit
+
+# Merge rounds go on until the deadline, but never fewer than that.
+_ROUNDS = 64
+# Seconds, at most, before another round.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
+
+
+class Transaction:
+    """What one request changes about its session.
+
+    :param visit: takes the delta to the store.
+    """
+
+    # Defaults stand here, on the class: most requests change none of them.
+    #: Whether this request has committed anything, and whether that made the session.
+    committed = False
+    created = False
+    #: Whether the session ends at the next commit, before whatever else is changed.
+    destroyed = False
+    _saved = False
+    # What a commit of the view's own refused; the view has been told by the exception.
+    _refused: Delta | None = None
+
+    def __init__(self, visit: Visit, serializer: Serializer, policies: Policies) -> None:
+        self.visit = visit
+        #: The keys: what was read, and what changed.
+        self.ledger = Ledger(visit, serializer, policies)
+        #: What changes about the session beside its keys, by the names of the delta.
+        self.changes: dict[str, Any] = {}
+
+    def _start(self) -> None:
+        self.changes = {}
+        self.ledger = self.ledger.afresh()
+
+    @property
+    def handle(self) -> str | None:
+        """The name of the session, None while there is none."""
+        return self.visit.id.handle if self.visit.id else None
+
+    @property
+    def modified(self) -> bool:
+        """Whether this request changed anything, nested values included."""
+        return self.committed or self.destroyed or bool(self.changes) or self.ledger.changed()
+
+    def set(self, key: str, value: Any, ttl_ms: int) -> None:
+        """Set a key, without reading anything."""
+        self.visit.used = True
+        if self._saved:
+            self.may_still_start()
+        self.ledger.set(key, value, ttl_ms)
+
+    def delete(self, key: str) -> None:
+        """Delete a key.
+
+        :raise KeyError: if it is missing.
+        """
+        self.visit.used = True
+        self.ledger.delete(key)
+
+    def change(self, name: str, value: Any) -> None:
+        """Change what is known of the session beside its keys.
+
+        :param name: as the delta has it.
+        """
+        self.visit.used = True
+        self.changes[name] = value
+
+    def clear(self) -> None:
+        """Delete all keys, and what else is known of the session."""
+        self.visit.used = True
+        if self.destroyed:
+            # What there was ends anyway; only what was set since is to go.
+            self._start()
+            self.ledger.start_from(None)
+            return
+        self.ledger.clear()
+        self.changes |= {
+            "permanent": self.visit.config.permanent,
+            "lifetime_ms": 0,
+            "principal": Change(None),
+            "label": Change(None),
+        }
+
+    def rotate(self, in_flight: bool) -> None:
+        """Have the secret replaced at the end of the request; see :meth:`luasession.LuaSession.regenerate`.
+
+        :raise RuntimeError: once the response has been sent, and outside of a request.
+        """
+        if self._saved and not self.visit.failed:
+            raise RuntimeError("the response has been sent: the session id cannot be replaced any more")
+        if not self.visit.has_browser:
+            raise RuntimeError("there is no browser here that a new session id could be given to")
+        before: Rotation | None = self.changes.get("rotation")
+        self.change("rotation", Rotation(in_flight and (before is None or before.in_flight)))
+
+    def destroy(self) -> None:
+        """End the session at the next commit."""
+        self.visit.used = True
+        self._start()
+        self.ledger.start_from(None)
+        self.destroyed = True
+
+    def commit(self) -> None:
+        """Apply what has changed now; see :meth:`luasession.LuaSession.commit`."""
+        self._finish(self._apply())
+
+    def reload(self) -> None:
+        """Forget local changes and read the newest snapshot."""
+        self.destroyed = False
+        self._start()
+        self.ledger.start_from(self.visit.reload())
+        self.visit.failed = False
+
+    def atomic_update(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
+        """Change one key exactly; see :meth:`luasession.LuaSession.atomic_update`."""
+        if self.destroyed or self.ledger.cleared:
+            self.commit()
+        if self.ledger.is_default(key):
+            # Set because it was missing: for whoever finds one by now, that counts.
+            default = self.ledger.get(key)
+            self.ledger.forget(key)
+        elif self.ledger.is_pending(key):
+            # This request's own change comes first, and is decided about as it would be anyway.
+            self._finish(self._commit(self.ledger.delta_of(key)))
+            self.ledger.forget(key)
+        name = field_name(key)
+
+        def stored_on(given: Any, base: Pair | None, own: tuple[bytes, ...] = ()) -> Delta:
+            self.ledger.set(key, function(given))
+            raw = self.ledger.encoded(key)
+            return Delta(base, own, {name: Put(raw, Check.STRICT if base else Check.NONE, KEEP)})
+
+        def again(_delta: Delta, conflicting: Conflicting) -> Delta:
+            given = self.ledger.stored(key, conflicting.current)
+            return stored_on(default if given is merge.MISSING else given, conflicting.pair)
+
+        position = self.ledger.position
+        try:
+            given = self.ledger.get(key)
+        except KeyError:
+            given = default
+        try:
+            delta = stored_on(given, *position)
+            result = self.visit.commit(delta)
+            if isinstance(result, Conflicting):
+                delta, result = self._again(delta, result, again)
+        except Exception:
+            self.ledger.forget(key)
+            raise
+        if isinstance(result, Applied):
+            self._settle(delta, delta, result)
+            return self.ledger.get(key)
+        self._finish(result)
+        raise AssertionError("unreachable")
+
+    def may_still_start(self) -> None:
+        """Refuse what would start a session.
+
+        :raise RuntimeError: if there is none, and the response has been sent.
+        """
+        # After a failure nothing is stored anyway, and an error handler that flashes must not fail over it.
+        if self._saved and not self.visit.failed and self.visit.id is None:
+            raise RuntimeError("the response has been sent: a session cannot be started any more")
+
+    def abandon(self) -> None:
+        """Store nothing more of this request."""
+        self.visit.failed = True
+
+    def save(self) -> None:
+        """Apply what is left at the end of the request; a delta without a session is dropped.
+
+        :raise SessionConflict: if a policy says so.
+        :raise SessionUnavailable: if Redis does not answer within the deadline.
+        :raise TypeError: if a value is of a type that cannot be stored.
+        """
+        self._saved = True
+        visit = self.visit
+        if visit.failed or not visit.used:
+            visit.close()
+            if visit.failed and self._may_have_changed():
+                # It could not be read or stored, and whoever caught that error goes on. So it is told.
+                self._tell_discarded("unavailable")
+            return
+        try:
+            refused = self._apply()
+            if refused is not None:
+                self._discard(refused)
+            elif self.ledger.loaded is not None:
+                visit.touch(self.ledger.loaded)
+        except Exception:
+            visit.failed = True
+            raise
+        finally:
+            # The response goes out now: an id made later would never reach the browser.
+            visit.close()
+
+    def save_late(self) -> None:
+        """Apply what was changed after :meth:`save`, while the response was sent (G15)."""
+        if self._saved and not self.visit.failed and self._may_have_changed() and self.ledger.changed():
+            self.save()
+
+    def _may_have_changed(self) -> bool:
+        # The cheap half of the question: what only reads is through with it here.
+        return self.ledger.may_have_changed() or self.destroyed or bool(self.changes)
+
+    def _apply(self) -> Refused | None:
+        if not self._may_have_changed():
+            return None
+        if self.destroyed:
+            self._end()
+        delta = self._delta()
+        if delta.cleared and not delta.creates and self.visit.id is not None:
+            self._end()
+            return None
+        if not delta or delta == self._refused:
+            return None
+        try:
+            return self._commit(delta)
+        except SessionConflict:
+            self._refused = delta
+            raise
+
+    def _end(self) -> None:
+        handle = self.handle
+        self.committed = True
+        if self.visit.destroy():
+            self.visit.notify(signals.session_destroyed, handle=handle)
+        self.destroyed = False
+        if self.ledger.cleared:
+            self._start()
+        self.ledger.start_from(None)
+
+    def _delta(self) -> Delta:
+        delta = self.ledger.delta()
+        if not self.changes:
+            return self.ledger.guarded(delta)
+        changes = dict(self.changes)
+        if self.visit.id is None:
+            changes.pop("rotation", None)
+        elif not delta.cleared and changes.keys() != {"rotation"} and ("principal" in changes or not delta):
+            # Never blind: set to what is stored, they change nothing. What rides on other changes anyway
+            # need not be compared, except for the principal, whose index entry moves with it.
+            self._drop_unchanged(changes)
+        return self.ledger.guarded(delta._replace(**changes))
+
+    def _drop_unchanged(self, changes: dict[str, Any]) -> None:
+        if (snapshot := self.ledger.snapshot()) is None:
+            return
+        stored = {
+            "permanent": snapshot.permanent,
+            "lifetime_ms": snapshot.lifetime_ms or 0,
+            "principal": Change(snapshot.principal),
+            "label": Change(snapshot.label),
+        }
+        for name, value in stored.items():
+            if changes.get(name) == value:
+                del changes[name]
+
+    def _again(
+        self, delta: Delta, conflicting: Conflicting, resolve: Callable[[Delta, Conflicting], Delta]
+    ) -> tuple[Delta, Applied | Refused]:
+        """Commit with what is made of a conflict, until there is none any more."""
+        started = now_ns()
+        longest = _FIRST_PAUSE
+        for rounds in count(1):
+            delta = resolve(delta, conflicting)
+            self.visit.count("merges")
+            if rounds >= _ROUNDS and now_ns() - started > self.visit.config.redis_deadline * 1e9:
+                raise SessionConflict([key for name in conflicting.current if (key := session_key(name))])
+            time.sleep(random.uniform(0, longest))  # noqa: S311 - jitter, no secret
+            longest = min(longest * 2, _LONGEST_PAUSE)
+            result = self.visit.commit(delta)
+            if not isinstance(result, Conflicting):
+                return delta, result
+            conflicting = result
+        raise AssertionError("unreachable")
+
+    def _commit(self, ours: Delta) -> Refused | None:
+        conflicts: dict[str, Conflict] = {}
+
+        def resolve(delta: Delta, conflicting: Conflicting) -> Delta:
+            found = self.ledger.conflicts(ours, conflicting.current)
+            try:
+                merged = self.ledger.resolve(ours, delta, conflicting, found)
+            except SessionConflict:
+                self._report(found, refused=True)
+                raise
+            conflicts.update({conflict.key: conflict for conflict in found})
+            return merged
+
+        delta, result = ours, self.visit.commit(ours)
+        if isinstance(result, Conflicting):
+            delta, result = self._again(ours, result, resolve)
+        if isinstance(result, Refused):
+            if result.standing is Standing.STALE and ours.rotation:
+                return self._own_session(ours, result)
+            return None if result.standing is Standing.MISSING and not ours.creates else result
+        if result.report:
+            found = self.ledger.conflicts(ours, result.report)
+            conflicts.update({conflict.key: conflict for conflict in found})
+        self._settle(ours, delta, result)
+        if conflicts:
+            self._report(conflicts.values(), refused=False)
+        return None
+
+    def _own_session(self, ours: Delta, refused: Refused) -> Refused | None:
+        # The second click of a double log-in: a session of its own, cookie included (G8).
+        delta = self.ledger.whole(ours) if refused.was_open else ours
+        result = self.visit.create(delta._replace(base=None, own=(), rotation=None))
+        if isinstance(result, Refused):
+            return refused
+        self._settle(delta, delta, result)
+        return None
+
+    def _finish(self, refused: Refused | None) -> None:
+        if refused is not None:
+            self._discard(refused)
+            raise SessionGone(f"the session is {refused.standing.value}; nothing was stored")
+
+    def _settle(self, ours: Delta, delta: Delta, applied: Applied) -> None:
+        created = applied.version == 1
+        self.committed = True
+        self.created = self.created or created
+        self.ledger.settle(ours, delta, applied, created=created)
+        if self.changes:
+            self.changes = {
+                name: change for name, change in self.changes.items() if getattr(delta, name) is None
+            }
+        signal: NamedSignal = signals.session_created if created else signals.session_committed
+        self.visit.notify(signal, handle=self.handle, version=applied.version)
+        if delta.rotation:
+            self.visit.notify(signals.session_rotated, handle=self.handle, version=applied.version)
+
+    def _report(self, conflicts: Iterable[Conflict], *, refused: bool) -> None:
+        for conflict in conflicts:
+            self.visit.count("conflicts")
+            self.visit.notify(
+                signals.session_conflict,
+                handle=self.handle,
+                key=conflict.key,
+                base=conflict.base,
+                theirs=conflict.theirs,
+                ours=conflict.ours,
+                outcome=conflict.theirs if refused else conflict.outcome,
+                policy=conflict.policy,
+            )
+
+    def _discard(self, refused: Refused) -> None:
+        self._tell_discarded(refused.standing.value)
+        self._start()
+        self.ledger.start_from(None)
+
+    def _tell_discarded(self, reason: str) -> None:
+        self.visit.count("discards")
+        self.visit.notify(signals.session_discarded, handle=self.visit.presented_handle, reason=reason)
