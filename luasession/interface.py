@@ -16,6 +16,7 @@ from .codec import make_serializer
 from .outcome import Standing
 from .policy import Policies
 from .session import LuaSession
+from .values import Values
 from .visit import Errand, Visit
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class LuaSessionInterface(SessionInterface):
         self._app = weakref.ref(app)
         self._config = config
         self._store = store
-        self._serializer = make_serializer(config.serializer)
+        self._values = Values(make_serializer(config.serializer))
         self._policies = Policies(config.conflict, config.merge)
         self._connect = connect
 
@@ -64,7 +65,7 @@ class LuaSessionInterface(SessionInterface):
             now_ns(),
             self.notify,
         )
-        return LuaSession(visit, self._serializer, self._policies)
+        return LuaSession(visit, self._values, self._policies)
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """Apply the delta and write the cookies that follow from it."""
@@ -90,7 +91,7 @@ class LuaSessionInterface(SessionInterface):
     def errand(self, app: Flask, handle: str) -> LuaSession:
         """Return a session for work from outside of a request; see :meth:`luasession.Sessions.edit`."""
         visit = Errand(self._store, self._config, handle, app.config, self.notify)
-        return LuaSession(visit, self._serializer, self._policies)
+        return LuaSession(visit, self._values, self._policies)
 
     @property
     def store(self) -> Store:

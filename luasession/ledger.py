@@ -7,31 +7,17 @@ from one version, plus what the request itself has changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, Protocol
 
-from . import merge
-from .codec import Serializer, is_immutable
+from .codec import is_immutable
+from .conflicts import Conflicts
 from .delta import KEEP, Change, Check, Delta, Put
-from .errors import SessionConflict
-from .outcome import Applied, Conflicting
+from .outcome import Applied
 from .policy import Policies
 from .readers import Policy
 from .snapshot import Pair, Snapshot, field_name, session_key
-
-
-@dataclass(slots=True)
-class Conflict:
-    """One key in conflict, as ``session_conflict`` tells it."""
-
-    key: str
-    base: Any
-    theirs: Any
-    ours: Any
-    outcome: Any
-    #: What decided; ``"overwrite"`` where the types did not fit a merge function.
-    policy: Policy
+from .values import Values
 
 
 class Source(Protocol):
@@ -70,12 +56,12 @@ class Ledger:
     #: Whether ``"overwrite"`` counts as ``"raise"``.
     strict = False
 
-    def __init__(self, source: Source, serializer: Serializer, policies: Policies) -> None:
+    def __init__(self, source: Source, values: Values, policies: Policies) -> None:
         self._source = source
-        self._serializer = serializer
+        self._values = values
         self._policies = policies
-        # Live values: what was read, and what was set.
-        self._values: dict[str, Any] = {}
+        # What was read, and what was set.
+        self._live: dict[str, Any] = {}
         # Of the mutable ones that came from the snapshot: the bytes that they had.
         self._given: dict[str, bytes] = {}
         # Assigned by this request, with the ttl in milliseconds (0: none).
@@ -86,7 +72,7 @@ class Ledger:
 
     def afresh(self) -> Ledger:
         """Return an empty one of the same sort."""
-        ledger = Ledger(self._source, self._serializer, self._policies)
+        ledger = Ledger(self._source, self._values, self._policies)
         ledger.strict = self.strict
         return ledger
 
@@ -122,8 +108,8 @@ class Ledger:
 
         :raise KeyError: if the key is missing, or does not decode.
         """
-        if key in self._values:
-            return self._values[key]
+        if key in self._live:
+            return self._live[key]
         if key in self._deletes or self.cleared or not isinstance(key, str):
             raise KeyError(key)
         raw = self._stored(key)
@@ -131,13 +117,13 @@ class Ledger:
             raise KeyError(key)
         try:
             raw = self._source.open(field_name(key), raw)
-            value = self._serializer.loads(raw)
+            value = self._values.load(raw)
         except Exception as error:
             if key not in self._corrupt_keys:
                 self._corrupt_keys |= {key}
                 self._source.corrupt(key, error)
             raise KeyError(key) from error
-        self._values[key] = value
+        self._live[key] = value
         if not is_immutable(value):
             self._given[key] = raw
         return value
@@ -175,7 +161,7 @@ class Ledger:
         """Set a key, without reading anything."""
         self._deletes.discard(key)
         self._given.pop(key, None)
-        self._values[key] = value
+        self._live[key] = value
         self._sets[key] = ttl_ms
 
     def delete(self, key: str) -> None:
@@ -187,13 +173,13 @@ class Ledger:
             self.get(key)
         self._sets.pop(key, None)
         self._given.pop(key, None)
-        self._values.pop(key, None)
+        self._live.pop(key, None)
         if not self.cleared:
             self._deletes.add(key)
 
     def clear(self) -> None:
         """Delete everything, without reading anything."""
-        for part in (self._sets, self._given, self._values, self._deletes):
+        for part in (self._sets, self._given, self._live, self._deletes):
             part.clear()
         self.cleared = True
 
@@ -206,14 +192,14 @@ class Ledger:
         """
         sets: dict[bytes, Put] = {}
         for key, ttl_ms in self._sets.items():
-            raw = self._encode(key, self._values[key])
+            raw = self.encoded(key)
             if key not in self._reads:
                 sets[field_name(key)] = Put(raw, Check.NONE, ttl_ms)
             elif ttl_ms or not self._is_stored(key, raw):
                 sets[field_name(key)] = Put(raw, self._check(key), ttl_ms)
         for key, given in self._given.items():
-            raw = self._encode(key, self._values[key])
-            if raw != given and raw != self._again(key, given):
+            raw = self.encoded(key)
+            if not self._values.same(raw, given):
                 # Changed in place, a key keeps the end that it was given.
                 sets[field_name(key)] = Put(raw, self._check(key), KEEP)
         deletes: dict[bytes, Check] = {}
@@ -239,10 +225,7 @@ class Ledger:
         if key in self._sets or key in self._deletes:
             return True
         given = self._given.get(key)
-        return given is not None and self._encode(key, self._values[key]) not in (
-            given,
-            self._again(key, given),
-        )
+        return given is not None and not self._values.same(self.encoded(key), given)
 
     def delta_of(self, key: str) -> Delta:
         """Return what changed about one key."""
@@ -279,12 +262,12 @@ class Ledger:
 
     def encoded(self, key: str) -> bytes:
         """Return the bytes of a key's value, as this request has it."""
-        return self._encode(key, self._values[key])
+        return self._values.encode(key, self._live[key])
 
     def forget(self, key: str) -> None:
         """Undo what this request did to a key."""
         self._sets.pop(key, None)
-        self._values.pop(key, None)
+        self._live.pop(key, None)
         self._given.pop(key, None)
 
     def changed(self) -> bool:
@@ -296,18 +279,6 @@ class Ledger:
         except (TypeError, ValueError):
             return True
 
-    def _encode(self, key: str, value: Any) -> bytes:
-        try:
-            raw = self._serializer.dumps(value)
-        except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"session[{key!r}] cannot be stored: {error}") from error
-        if isinstance(raw, str):
-            raw = raw.encode("utf-8", "surrogatepass")
-        if not raw:
-            raise TypeError(f"session[{key!r}] cannot be stored: the serializer gave no bytes for it")
-        return raw
-
     def _is_stored(self, key: str, raw: bytes) -> bool:
         # Set to the value that it has, as read in this request: no change (G2).
         if self.cleared or self._snapshot is None:
@@ -316,14 +287,7 @@ class Ledger:
         stored = self._opened(name, self._snapshot.value(name, self._now_ms))
         if stored is None or name in self._snapshot.deadlines:
             return False
-        return raw in (stored, self._again(key, stored))
-
-    def _again(self, key: str, stored: bytes) -> bytes | None:
-        # Bytes of another writer, or of an older version, may differ for the same value.
-        try:
-            return self._encode(key, self._serializer.loads(stored))
-        except Exception:  # noqa: BLE001 - whatever a serializer of one's own raises
-            return None
+        return self._values.same(raw, stored)
 
     def _may_hold(self, key: str) -> bool:
         # What is known to be missing need not be deleted.
@@ -342,104 +306,20 @@ class Ledger:
 
     # -- conflicts ----------------------------------------------------------
 
-    def conflicts(self, ours: Delta, current: Mapping[bytes, bytes | None]) -> list[Conflict]:
-        """Return the changed keys that others have really changed too, with what each side made of them.
-
-        :param ours: what this request changed.
-        :param current: what is stored now, or was until ours replaced it.
-        """
-        found = []
-        for name, now in current.items():
-            key = session_key(name)
-            before = self._snapshot.fields.get(name) if self._snapshot else None
-            if key is None or now == before or not (name in ours.sets or name in ours.deletes):
-                continue
-            base, theirs = self._opened(name, before), self._opened(name, now)
-            if theirs is not None and theirs == base:  # encrypted twice, it is the same all the same
-                continue
-            put = ours.sets.get(name)
-            value = self._decoded(put.value if put else None)
-            conflict = Conflict(
-                key, self._decoded(base), self._decoded(theirs), value, value, self._policy(key)
-            )
-            found.append(conflict)
-        return found
-
-    def resolve(
-        self, ours: Delta, delta: Delta, conflicting: Conflicting, found: Iterable[Conflict]
-    ) -> Delta:
-        """Return the delta that is to be sent next, on top of what is now stored.
-
-        :param ours: what this request changed.
-        :param delta: what was sent last: the same, or merged in an earlier round.
-        :param found: the conflicts of this request's own delta with what is now stored.
-        :raise SessionConflict: if a policy says so.
-        """
-        changed = delta.sets.keys() | delta.deletes.keys()
-        refused = {
-            session_key(name) or ""
-            for name in conflicting.current
-            if name not in changed or not self._may_go_on(name, delta)
-        }
-        if conflicting.everything:
-            refused |= {session_key(name) or "" for name in changed}
-        if refused:
-            raise SessionConflict(refused)
-        sets, deletes = dict(delta.sets), dict(delta.deletes)
-        for name in conflicting.current:
-            # Merged in an earlier round with what has moved again since: begin anew from ours.
-            sets.pop(name, None)
-            deletes.pop(name, None)
-            if name in ours.sets:
-                sets[name] = ours.sets[name]
-            else:
-                deletes[name] = ours.deletes[name]
-        for conflict in found:
-            self._merge(conflict, sets, deletes)
-        return delta._replace(base=conflicting.pair, own=(), sets=sets, deletes=deletes)
-
-    def _may_go_on(self, name: bytes, delta: Delta) -> bool:
-        check = delta.sets[name].check if name in delta.sets else delta.deletes[name]
-        return check is not Check.STRICT or callable(self._policy(session_key(name) or ""))
+    @property
+    def conflicts(self) -> Conflicts:
+        """What to make of changes that others made of the same keys."""
+        return Conflicts(self._values, self._opened, self._policy, self._snapshot)
 
     def _policy(self, key: str) -> Policy:
         policy = self._policies.of(key)
         return "raise" if self.strict and policy == "overwrite" else policy
-
-    def _merge(self, conflict: Conflict, sets: dict[bytes, Put], deletes: dict[bytes, Check]) -> None:
-        name = field_name(conflict.key)
-        if not callable(conflict.policy):
-            return
-        sides = conflict.base, conflict.theirs, conflict.ours
-        conflict.outcome, fits = merge.outcome(conflict.policy, *sides)
-        if not fits:
-            conflict.policy = "overwrite"
-        if conflict.outcome is merge.MISSING:
-            sets.pop(name, None)
-            deletes[name] = Check.STRICT
-        else:
-            ttl_ms = sets[name].ttl_ms if name in sets else 0
-            deletes.pop(name, None)
-            sets[name] = Put(self._encode(conflict.key, conflict.outcome), Check.STRICT, ttl_ms)
-
-    def stored(self, key: str, current: Mapping[bytes, bytes | None]) -> Any:
-        """Return a key's value out of stored fields, ``merge.MISSING`` for none or what does not decode."""
-        name = field_name(key)
-        return self._decoded(self._opened(name, current.get(name)))
 
     def _opened(self, name: bytes, stored: bytes | None) -> bytes | None:
         try:
             return stored and self._source.open(name, stored)
         except ValueError:
             return None
-
-    def _decoded(self, raw: bytes | None) -> Any:
-        if raw is None:
-            return merge.MISSING
-        try:
-            return self._serializer.loads(raw)
-        except Exception:  # noqa: BLE001 - whatever a serializer of one's own raises
-            return merge.MISSING
 
     # -- afterwards ---------------------------------------------------------
 
@@ -461,7 +341,7 @@ class Ledger:
                 self._take_over(key, put.value)
                 continue
             self._sets.pop(key, None)
-            if key in self._values and not is_immutable(self._values[key]):
+            if key in self._live and not is_immutable(self._live[key]):
                 self._given[key] = put.value
         if sent.cleared:
             self.cleared = False
@@ -487,13 +367,13 @@ class Ledger:
 
     def _take_over(self, key: str, raw: bytes) -> None:
         # Merged with what somebody else stored. Who holds the value goes on with the merged one.
-        live: Any = self._values.get(key)
-        merged = self._decoded(raw)
+        live: Any = self._live.get(key)
+        merged = self._values.decode(raw)
         self._forget_stored(key)
         if type(live) is type(merged) and isinstance(live, (list, dict, set)):
             live.clear()
             (live.extend if isinstance(live, list) else live.update)(merged)
-            self._values[key], self._given[key] = live, raw
+            self._live[key], self._given[key] = live, raw
 
     def _forget_stored(self, key: str) -> None:
         # Deleted, or merged with what somebody else stored: it is read afresh.

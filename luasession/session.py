@@ -14,9 +14,9 @@ from .readers import milliseconds
 from .transaction import Transaction
 
 if TYPE_CHECKING:
-    from .codec import Serializer
     from .policy import Policies
     from .snapshot import Snapshot
+    from .values import Values
     from .visit import Visit
 
 
@@ -32,8 +32,8 @@ class LuaSession(SessionMixin):
 
     _modified: bool | None = None
 
-    def __init__(self, visit: Visit, serializer: Serializer, policies: Policies) -> None:
-        self._transaction = Transaction(visit, serializer, policies)
+    def __init__(self, visit: Visit, values: Values, policies: Policies) -> None:
+        self._transaction = Transaction(visit, values, policies)
 
     # -- the mapping --------------------------------------------------------
 

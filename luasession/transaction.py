@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from . import merge, signals
 from .clock import now_ns
+from .conflicts import Conflict
 from .delta import KEEP, Change, Check, Delta, Put, Rotation
 from .errors import SessionConflict, SessionGone
-from .ledger import Conflict, Ledger
+from .ledger import Ledger
 from .outcome import Applied, Conflicting, Refused, Standing
 from .snapshot import Pair, field_name, session_key
 
 if TYPE_CHECKING:
     from blinker import NamedSignal
 
-    from .codec import Serializer
     from .policy import Policies
+    from .values import Values
     from .visit import Visit
 
 # Merge rounds go on until the deadline, but never fewer than that.
@@ -49,10 +50,10 @@ class Transaction:
     # What a commit of the view's own refused; the view has been told by the exception.
     _refused: Delta | None = None
 
-    def __init__(self, visit: Visit, serializer: Serializer, policies: Policies) -> None:
+    def __init__(self, visit: Visit, values: Values, policies: Policies) -> None:
         self.visit = visit
         #: The keys: what was read, and what changed.
-        self.ledger = Ledger(visit, serializer, policies)
+        self.ledger = Ledger(visit, values, policies)
         #: What changes about the session beside its keys, by the names of the delta.
         self.changes: dict[str, Any] = {}
 
@@ -159,7 +160,7 @@ class Transaction:
             return Delta(base, own, {name: Put(raw, Check.STRICT if base else Check.NONE, KEEP)})
 
         def again(_delta: Delta, conflicting: Conflicting) -> Delta:
-            given = self.ledger.stored(key, conflicting.current)
+            given = self.ledger.conflicts.stored(key, conflicting.current)
             return stored_on(default if given is merge.MISSING else given, conflicting.pair)
 
         position = self.ledger.position
@@ -307,9 +308,9 @@ class Transaction:
         conflicts: dict[str, Conflict] = {}
 
         def resolve(delta: Delta, conflicting: Conflicting) -> Delta:
-            found = self.ledger.conflicts(ours, conflicting.current)
+            found = self.ledger.conflicts.find(ours, conflicting.current)
             try:
-                merged = self.ledger.resolve(ours, delta, conflicting, found)
+                merged = self.ledger.conflicts.resolve(ours, delta, conflicting, found)
             except SessionConflict:
                 self._report(found, refused=True)
                 raise
@@ -324,7 +325,7 @@ class Transaction:
                 return self._own_session(ours, result)
             return None if result.standing is Standing.MISSING and not ours.creates else result
         if result.report:
-            found = self.ledger.conflicts(ours, result.report)
+            found = self.ledger.conflicts.find(ours, result.report)
             conflicts.update({conflict.key: conflict for conflict in found})
         self._settle(ours, delta, result)
         if conflicts:

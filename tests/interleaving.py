@@ -408,10 +408,10 @@ class Run:
         self.running: Request | None = None
         self._hub = getcurrent()
         self._store = scene.processes[0].flask.session_interface._store
-        self._serializer = scene.processes[0].flask.session_interface._serializer
+        self._codec = scene.processes[0].flask.session_interface._values
         policies = scene.processes[0].flask.session_interface._policies
         self._id = new_session_id(32)
-        raw = {field_name(key): Put(self._serializer.dumps(value)) for key, value in scene.start.items()}
+        raw = {field_name(key): Put(self._codec.encode("", value)) for key, value in scene.start.items()}
         self._store.create(self._id, Delta(sets=raw), self._now())
         for app in scene.processes:
             store = app.flask.session_interface._store
@@ -632,7 +632,7 @@ class Run:
             self.running = running
 
     def _decoded(self, fields: Mapping[bytes, bytes]) -> dict[str, Any]:
-        return {session_key(name) or "": self._serializer.loads(raw) for name, raw in fields.items()}
+        return {session_key(name) or "": self._codec.load(raw) for name, raw in fields.items()}
 
     # -- the end ------------------------------------------------------------
 

@@ -365,7 +365,7 @@ class Machine(RuleBasedStateMachine):
             assert set(found) <= {b"@t"}
             return
         snapshot = read_hash(dict(found))
-        loads = app.flask.session_interface._serializer.loads  # type: ignore[attr-defined]
+        loads = app.flask.session_interface._values.load  # type: ignore[attr-defined]
         assert {session_key(name): loads(raw) for name, raw in snapshot.fields.items()} == stored.values
         assert snapshot.version == stored.version
 
