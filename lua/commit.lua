@@ -13,8 +13,9 @@
 --           names and values
 -- ARGV[4]   base, packed: version and write id; empty: a blind write
 -- ARGV[5]   own commits of this request since the base, 4 bytes of each write id
--- ARGV[6]   fields set, packed: check (0 none, 1 report, 2 strict), ttl in ms (0 none, 2^48 - 1: the end
---           that the field has now), name, value
+-- ARGV[6]   fields set, packed: check (0 none, 1 report, 2 strict), ttl in ms (0 none; 2^48 - 1: the end
+--           that the field has now; 2^47 plus an end: the same, or this end where the field is gone), name,
+--           value
 -- ARGV[7]   fields deleted, packed: check, name
 -- ARGV[8]   fields that must not have changed either, packed names; '*': all of them
 -- ARGV[9]   new digest, 32 bytes: rotate; empty: keep the secret
@@ -74,6 +75,7 @@ local NONE = ('\0'):rep(8)
 local RING, RING_HEAD = '>I7I7B', 15                -- floor us, mark us, ids from before the mark
 local TRANSIT = 20000                            -- microseconds by which two calls' transits may differ
 local KEEP = 2 ^ 48 - 1                          -- a ttl: the end that the field has now
+local KEPT = 2 ^ 47                              -- plus an end: the same, or this one if the field is gone
 local EVERYTHING = 255                           -- a journal entry that names no fields
 local RECENT = 5000000                           -- microseconds that a quiet session's last commit lies back
 local QUIET, BUSY, CROWDED = 64, 256, 768        -- bytes of the journal
@@ -229,8 +231,11 @@ while at <= #packed_sets do
   end
   named[#named + 1] = name
   local lapsed = false
-  if ttl == KEEP then
+  if ttl >= KEPT then
     local due_then = due_at and due_at[name]
+    if not due_then and ttl < KEEP and (create or clear or redis.call('HSTRLEN', session, name) == 0) then
+      due_then = ttl - KEPT
+    end
     ttl = due_then and due_then - now or 0
     lapsed = due_then and due_then <= now
   end
@@ -514,8 +519,9 @@ end
 if due then redis.call('PEXPIRE', session, ends - now) end
 
 local replaced = create and ('\0'):rep(12) or state:sub(1, 12)
--- While a renewal is under way nobody is told of a refresh: it would bring the old id back to the browser.
-local told = (due and not pending and 1 or 0) + taken
+-- Nobody is told of a refresh while a renewal is under way (it would bring the old id back to the browser),
+-- nor of the short end of an emptied session: a parallel request may add a key, and needs the cookie.
+local told = (due and not pending and not emptied and 1 or 0) + taken
 local outcome = struct.pack(APPLIED, version, replaced, told, expiry_changed and 1 or 0)
 local reply = answer('applied', outcome .. identity .. new_state)
 for _, item in ipairs(report or {}) do reply[#reply + 1] = item end

@@ -21,6 +21,7 @@ local most = tonumber(ARGV[5])
 local taken_out = ARGV[6]
 
 local HANDLE = 22
+local FOR_GOOD = 31536000000000 -- ms, 1000 years
 
 local clock = redis.call('TIME')
 local now_us = clock[1] * 1000000 + clock[2]
@@ -28,6 +29,8 @@ local now_us = clock[1] * 1000000 + clock[2]
 if entered ~= '' then
   local left = redis.call('PTTL', index)
   redis.call('ZADD', index, now_us, entered)
+  -- Sessions without an absolute end come to those that have one: what was set for these is too short.
+  if needed == 0 and left >= 0 then needed = FOR_GOOD end
   -- An index without a TTL (-1) may hold sessions that have no absolute end.
   if needed > 0 and left ~= -1 and left < needed then redis.call('PEXPIRE', index, needed) end
 end

@@ -115,8 +115,9 @@ if now - touched >= touch_interval then
   if type(reply) == 'number' then
     redis.call('PEXPIRE', session, new_ends - now)
     state = new_state
-    -- While a renewal is under way nobody is told: it would bring the old id back to the browser.
-    if not pending then flags = 1 end
+    -- Nobody is told while a renewal is under way (it would bring the old id back to the browser), nor of
+    -- the short end of an emptied session.
+    if not pending and (fields > 0 or principal) then flags = 1 end
   end
 end
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import merge
-from .delta import Check, Delta, Put
+from .delta import KEEP, Check, Delta, Put
 from .errors import SessionConflict
 from .outcome import Conflicting
 from .readers import Policy
@@ -37,6 +37,7 @@ class Conflicts:
     :param opened: returns the bytes of a stored field as the serializer made them, None for none.
     :param policy: tells what decides about a key.
     :param base: the snapshot that this request's changes were made from.
+    :param now_ms: the moment by which this request judges keys with an end of their own.
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class Conflicts:
         opened: Callable[[bytes, bytes | None], bytes | None],
         policy: Callable[[str], Policy],
         base: Snapshot | None,
+        now_ms: int,
     ) -> None:
         self._values = values
         self._opened = opened
         self._policy = policy
         self._base = base
+        self._now_ms = now_ms
 
     def find(self, ours: Delta, current: Mapping[bytes, bytes | None]) -> list[Conflict]:
         """Return the changed keys that others have really changed too, with what each side made of them.
@@ -60,7 +63,7 @@ class Conflicts:
         found = []
         for name, now in current.items():
             key = session_key(name)
-            before = self._base.fields.get(name) if self._base else None
+            before = self._base.value(name, self._now_ms) if self._base else None
             if key is None or now == before or not (name in ours.sets or name in ours.deletes):
                 continue
             base, theirs = self._opened(name, before), self._opened(name, now)
@@ -123,7 +126,7 @@ class Conflicts:
             sets.pop(name, None)
             deletes[name] = Check.STRICT
         else:
-            ttl_ms = sets[name].ttl_ms if name in sets else 0
+            ttl_ms = sets[name].ttl_ms if name in sets else KEEP
             deletes.pop(name, None)
             sets[name] = Put(self._values.encode(conflict.key, conflict.outcome), Check.STRICT, ttl_ms)
 

@@ -29,6 +29,9 @@ class Check(IntEnum):
 
 #: In the place of a ttl: the end that the field has now, if it has one.
 KEEP: Final = (1 << 48) - 1
+#: Plus an end, milliseconds of the server's clock, in the place of a ttl: the same, or this end where the
+#: field is gone by now.
+KEPT: Final = 1 << 47
 
 
 class Put(NamedTuple):
@@ -36,7 +39,8 @@ class Put(NamedTuple):
 
     value: bytes
     check: Check = Check.NONE
-    #: Milliseconds after which it disappears by itself, 0 for never, :data:`KEEP` for when it would anyway.
+    #: Milliseconds after which it disappears by itself, 0 for never, :data:`KEEP` for when it would anyway,
+    #: :data:`KEPT` plus an end where that is known.
     ttl_ms: int = 0
 
 
@@ -98,6 +102,19 @@ class Delta(NamedTuple):
         """Whether fields are set and nothing else changes, as is mostly the case."""
         return bool(self.sets) and self[3:] == _NOTHING_ELSE
 
+    @property
+    def size(self) -> int:
+        """Bytes of the names and values that it sets."""
+        return sum(len(name) + len(put.value) for name, put in self.sets.items())
+
+    def changes_as(self, other: Delta) -> bool:
+        """Whether it changes the same as another one, whatever each was made from."""
+        mine, its = (
+            ({name: put.value for name, put in delta.sets.items()}, delta.deletes.keys(), delta[5:])
+            for delta in (self, other)
+        )
+        return mine == its
+
     def over(self, base: Snapshot | None, identity: bytes, state: bytes, now_ms: int) -> Snapshot:
         """Return the snapshot that this delta makes of the one it replaced.
 
@@ -123,7 +140,7 @@ class Delta(NamedTuple):
                 fields[name] = put.value
                 continue
             deadlines.pop(name, None)
-            end = _end(put, ends.get(name, 0), now_ms)
+            end = _end(put, ends.get(name, 0), now_ms, is_there=name in fields)
             if end is None:  # it was to keep its end, and that has passed
                 continue
             fields[name] = put.value
@@ -150,7 +167,9 @@ def _left_of(base: Snapshot, now_ms: int) -> tuple[dict[bytes, bytes], dict[byte
     return fields, deadlines
 
 
-def _end(put: Put, before: int, now_ms: int) -> int | None:
-    if put.ttl_ms != KEEP:
+def _end(put: Put, before: int, now_ms: int, *, is_there: bool) -> int | None:
+    if put.ttl_ms < KEPT:
         return now_ms + put.ttl_ms if put.ttl_ms else 0
+    if not is_there and put.ttl_ms < KEEP:
+        before = put.ttl_ms - KEPT
     return None if 0 < before <= now_ms else before

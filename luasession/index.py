@@ -11,8 +11,8 @@ from .calls import Caller, Calls
 from .config import Config
 from .ids import new_write_id
 
-# Entries that are looked at when another one is entered.
-_STALE_AT_ONCE = 8
+#: Entries that a log-in is told of, the oldest ones.
+TOLD = 8
 
 
 class Entry(NamedTuple):
@@ -40,7 +40,7 @@ class PrincipalIndex:
 
         :raise SessionUnavailable: if Redis does not answer within the deadline.
         """
-        return self._run(principal, caller, entered=handle, most=_STALE_AT_ONCE)
+        return self._run(principal, caller, entered=handle, most=TOLD)
 
     def leave(self, principal: str, handles: Sequence[str], caller: Caller) -> None:
         """Take entries out of a principal's index, save young ones.

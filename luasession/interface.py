@@ -15,7 +15,7 @@ from .clock import now_ns
 from .codec import make_serializer
 from .outcome import Standing
 from .policy import Policies
-from .session import LuaSession
+from .session import LuaSession, transaction_of, visit_of
 from .values import Values
 from .visit import Errand, Visit
 
@@ -72,7 +72,7 @@ class LuaSessionInterface(SessionInterface):
         if not isinstance(session, LuaSession):
             return
         try:
-            session.transaction.save()
+            transaction_of(session).save()
         except Exception as error:  # noqa: BLE001 - handed on to Flask, which knows what to do with each
             # Out of here an exception would pass by the app's handlers for its class. One that none of
             # them answers is raised again, and Flask makes a 500 of it.
@@ -104,11 +104,15 @@ class LuaSessionInterface(SessionInterface):
 
     def get_expiration_time(self, app: Flask, session: SessionMixin) -> datetime | None:
         """Return when the browser may forget the cookie: never before the server does."""
-        if not isinstance(session, LuaSession) or (seen := session.visit.seen) is None:
+        if not isinstance(session, LuaSession) or (seen := (visit := visit_of(session)).seen) is None:
             return super().get_expiration_time(app, session)
         if not seen.permanent:
             return None
-        return datetime.now(UTC) + timedelta(milliseconds=seen.ends_ms - session.visit.now_ms)
+        ends_ms = seen.ends_ms
+        if seen.size == 0:
+            # Emptied key by key it ends with the grace unless a key is added, and then the cookie is needed.
+            ends_ms = max(ends_ms, seen.touched_ms + (seen.lifetime_ms or visit.caller.lifetime_ms))
+        return datetime.now(UTC) + timedelta(milliseconds=ends_ms - visit.now_ms)
 
     def notify(self, signal: NamedSignal, **about: Any) -> None:
         """Send a signal, with the app as its sender."""
@@ -129,7 +133,7 @@ class LuaSessionInterface(SessionInterface):
 
     def _write_cookies(self, app: Flask, session: LuaSession, response: Response) -> bool:
         """Set or delete what has to be, and tell whether anything was."""
-        visit = session.visit
+        visit = visit_of(session)
         renamed = visit.ended or visit.issued or visit.offered
         if not (renamed or visit.made or visit.refreshed or visit.expiry_changed):
             return False
@@ -167,10 +171,12 @@ class LuaSessionInterface(SessionInterface):
 
         An ordinary write never repeats it, so that its late answer cannot undo a rotation.
         """
-        if visit.issued is not None or visit.offered is not None:
+        if visit.issued is not None:
             return True
         if visit.standing is not Standing.LIVE or visit.seen is None:
             return False
+        if visit.offered is not None:
+            return True
         refresh = visit.seen.permanent and app.config["SESSION_REFRESH_EACH_REQUEST"]
         return visit.expiry_changed or bool(visit.refreshed and refresh)
 

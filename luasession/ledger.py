@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from .codec import is_immutable
 from .conflicts import Conflicts
-from .delta import KEEP, Change, Check, Delta, Put
+from .delta import KEEP, KEPT, Change, Check, Delta, Put
 from .outcome import Applied
 from .policy import Policies
 from .readers import Policy
@@ -64,6 +64,8 @@ class Ledger:
         self._live: dict[str, Any] = {}
         # Of the mutable ones that came from the snapshot: the bytes that they had.
         self._given: dict[str, bytes] = {}
+        # Those themselves, as the app may have put objects of its own in their place.
+        self._handed_out: dict[str, Any] = {}
         # Assigned by this request, with the ttl in milliseconds (0: none).
         self._sets: dict[str, int] = {}
         self._deletes: set[str] = set()
@@ -126,6 +128,7 @@ class Ledger:
         self._live[key] = value
         if not is_immutable(value):
             self._given[key] = raw
+            self._handed_out[key] = value
         return value
 
     def keys(self) -> Iterator[str]:
@@ -201,7 +204,9 @@ class Ledger:
             raw = self.encoded(key)
             if not self._values.same(raw, given):
                 # Changed in place, a key keeps the end that it was given.
-                sets[field_name(key)] = Put(raw, self._check(key), KEEP)
+                name = field_name(key)
+                end = self._snapshot.deadlines.get(name) if self._snapshot else None
+                sets[name] = Put(raw, self._check(key), KEPT + end if end else KEEP)
         deletes: dict[bytes, Check] = {}
         for key in self._deletes:
             if self._may_hold(key):
@@ -309,7 +314,7 @@ class Ledger:
     @property
     def conflicts(self) -> Conflicts:
         """What to make of changes that others made of the same keys."""
-        return Conflicts(self._values, self._opened, self._policy, self._snapshot)
+        return Conflicts(self._values, self._opened, self._policy, self._snapshot, self._now_ms)
 
     def _policy(self, key: str) -> Policy:
         policy = self._policies.of(key)
@@ -366,11 +371,13 @@ class Ledger:
             self._own = (*self._own, applied.write_id)
 
     def _take_over(self, key: str, raw: bytes) -> None:
-        # Merged with what somebody else stored. Who holds the value goes on with the merged one.
+        # Merged with what somebody else stored. Who holds the value goes on with the merged one if it came
+        # out of the session: what the app has put in is the app's, and all requests may share it.
         live: Any = self._live.get(key)
         merged = self._values.decode(raw)
         self._forget_stored(key)
-        if type(live) is type(merged) and isinstance(live, (list, dict, set)):
+        ours = key in self._handed_out and live is self._handed_out[key]
+        if ours and type(live) is type(merged) and isinstance(live, (list, dict, set)):
             live.clear()
             (live.extend if isinstance(live, list) else live.update)(merged)
             self._live[key], self._given[key] = live, raw

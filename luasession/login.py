@@ -42,7 +42,10 @@ def connect(app: Flask) -> bool:
     """
     if not hasattr(app, "login_manager"):
         return False
-    import flask_login as login  # noqa: PLC0415 - an extra, which this app has
+    try:
+        import flask_login as login  # noqa: PLC0415 - an extra, which this app has
+    except ImportError:
+        return True  # a login manager of another kind
 
     login.user_logged_in.connect(_log_in, app)
     login.user_loaded_from_cookie.connect(_remember, app)

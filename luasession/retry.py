@@ -16,7 +16,7 @@ from flask import session
 from flask.globals import request_ctx
 
 from .errors import SessionConflict, SessionGone
-from .session import LuaSession
+from .session import LuaSession, transaction_of
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -110,7 +110,7 @@ class _Attempts:
     def __enter__(self) -> Self:
         with suppress(SessionGone):
             self._session.commit()
-        self._session.transaction.ledger.strict = True
+        transaction_of(self._session).ledger.strict = True
         return self
 
     def __exit__(
@@ -119,7 +119,7 @@ class _Attempts:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._session.transaction.ledger.strict = False
+        transaction_of(self._session).ledger.strict = False
 
     def committed(self) -> bool:
         """Commit, and tell whether that was it; prepare for another run if not."""
@@ -131,7 +131,7 @@ class _Attempts:
         except SessionConflict:
             if self._left <= 0:
                 # Without this the end of the request would store it, by the ordinary policy.
-                self._session.transaction.abandon()
+                transaction_of(self._session).abandon()
                 raise
             self._session.reload()
             # Flask keeps what get_flashed_messages() took out, which the new snapshot may hold again.

@@ -226,23 +226,25 @@ class LuaSession(SessionMixin):
 
         :param default: what the function gets where the key is missing.
         :return: the value stored.
-        :raise SessionConflict: if it did not succeed within ``SESSION_REDIS_DEADLINE``.
+        :raise SessionConflict: if it did not succeed within ``SESSION_REDIS_DEADLINE``; under
+            ``"serializable"`` also if another key that this request has read was changed.
         :raise SessionGone: if the session has ended, or was rotated away.
         """
         _check_key(key)
         return self._transaction.atomic_update(key, function, default)
 
-    # -- for the interface and for retry_on_conflict --------------------------
 
-    @property
-    def transaction(self) -> Transaction:
-        """What this request changes, on its way to the store."""
-        return self._transaction
+# Functions, since whatever is an attribute of a session hides a key of that name from templates.
 
-    @property
-    def visit(self) -> Visit:
-        """What this request has had to do with the store."""
-        return self._transaction.visit
+
+def transaction_of(session: LuaSession) -> Transaction:
+    """Return what this request changes, on its way to the store."""
+    return session._transaction  # noqa: SLF001 - of this module
+
+
+def visit_of(session: LuaSession) -> Visit:
+    """Return what this request has had to do with the store."""
+    return session._transaction.visit  # noqa: SLF001 - of this module
 
 
 def _check_key(key: str) -> None:

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from . import embedded
 from .errors import SessionGone
-from .session import LuaSession
+from .session import LuaSession, visit_of
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -101,7 +101,7 @@ def expire(client: FlaskClient) -> None:
     with client.session_transaction() as session:
         if not isinstance(session, LuaSession):
             _not_ours(app)
-        handle = session.visit.presented_handle  # reads nothing: to be read is to be used
+        handle = visit_of(session).presented_handle  # reads nothing: to be read is to be used
     if handle is None:
         raise SessionGone("the test client has no session")
     sessions = app.extensions["luasession"]

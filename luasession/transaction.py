@@ -16,7 +16,7 @@ from . import merge, signals
 from .clock import now_ns
 from .conflicts import Conflict
 from .delta import KEEP, Change, Check, Delta, Put, Rotation
-from .errors import SessionConflict, SessionGone
+from .errors import SessionConflict, SessionGone, SessionTooLarge
 from .ledger import Ledger
 from .outcome import Applied, Conflicting, Refused, Standing
 from .snapshot import Pair, field_name, session_key
@@ -47,6 +47,8 @@ class Transaction:
     #: Whether the session ends at the next commit, before whatever else is changed.
     destroyed = False
     _saved = False
+    # Whether an exception has told that nothing is stored.
+    _told = False
     # What a commit of the view's own refused; the view has been told by the exception.
     _refused: Delta | None = None
 
@@ -103,12 +105,7 @@ class Transaction:
             self.ledger.start_from(None)
             return
         self.ledger.clear()
-        self.changes |= {
-            "permanent": self.visit.config.permanent,
-            "lifetime_ms": 0,
-            "principal": Change(None),
-            "label": Change(None),
-        }
+        self.changes |= self._cleared()
 
     def rotate(self, in_flight: bool) -> None:
         """Have the secret replaced at the end of the request; see :meth:`luasession.LuaSession.regenerate`.
@@ -144,7 +141,8 @@ class Transaction:
         """Change one key exactly; see :meth:`luasession.LuaSession.atomic_update`."""
         if self.destroyed or self.ledger.cleared:
             self.commit()
-        if self.ledger.is_default(key):
+        was_default = self.ledger.is_default(key)
+        if was_default:
             # Set because it was missing: for whoever finds one by now, that counts.
             default = self.ledger.get(key)
             self.ledger.forget(key)
@@ -152,35 +150,47 @@ class Transaction:
             # This request's own change comes first, and is decided about as it would be anyway.
             self._finish(self._commit(self.ledger.delta_of(key)))
             self.ledger.forget(key)
+        try:
+            refused = self._update(key, function, default)
+        except Exception:
+            self.ledger.forget(key)
+            if was_default:
+                self.ledger.set(key, default)
+            raise
+        self._finish(refused)
+        return self.ledger.get(key)
+
+    def _update(self, key: str, function: Callable[[Any], Any], default: Any) -> Refused | None:
         name = field_name(key)
 
         def stored_on(given: Any, base: Pair | None, own: tuple[bytes, ...] = ()) -> Delta:
-            self.ledger.set(key, function(given))
+            found = given is not merge.MISSING
+            self.ledger.set(key, function(given if found else default))
             raw = self.ledger.encoded(key)
-            return Delta(base, own, {name: Put(raw, Check.STRICT if base else Check.NONE, KEEP)})
+            # What is missing has no end to keep: the one that has passed may still stand in the hash.
+            put = Put(raw, Check.STRICT if base else Check.NONE, KEEP if found else 0)
+            return self.ledger.guarded(Delta(base, own, {name: put}))
 
         def again(_delta: Delta, conflicting: Conflicting) -> Delta:
-            given = self.ledger.conflicts.stored(key, conflicting.current)
-            return stored_on(default if given is merge.MISSING else given, conflicting.pair)
+            others = conflicting.current.keys() - {name}
+            if others or conflicting.everything:
+                # Under "serializable" what else this request has read counts, and cannot be read again.
+                raise SessionConflict([session_key(other) or "" for other in others] or [key])
+            return stored_on(self.ledger.conflicts.stored(key, conflicting.current), conflicting.pair)
 
         position = self.ledger.position
         try:
             given = self.ledger.get(key)
         except KeyError:
-            given = default
-        try:
-            delta = stored_on(given, *position)
-            result = self.visit.commit(delta)
-            if isinstance(result, Conflicting):
-                delta, result = self._again(delta, result, again)
-        except Exception:
-            self.ledger.forget(key)
-            raise
-        if isinstance(result, Applied):
-            self._settle(delta, delta, result)
-            return self.ledger.get(key)
-        self._finish(result)
-        raise AssertionError("unreachable")
+            given = merge.MISSING
+        delta = stored_on(given, *position)
+        result = self.visit.commit(delta)
+        if isinstance(result, Conflicting):
+            delta, result = self._again(delta, result, again)
+        if isinstance(result, Refused):
+            return result
+        self._settle(delta, delta, result)
+        return None
 
     def may_still_start(self) -> None:
         """Refuse what would start a session.
@@ -188,12 +198,12 @@ class Transaction:
         :raise RuntimeError: if there is none, and the response has been sent.
         """
         # After a failure nothing is stored anyway, and an error handler that flashes must not fail over it.
-        if self._saved and not self.visit.failed and self.visit.id is None:
+        if self._saved and not self.visit.failed and (self.destroyed or self.visit.id is None):
             raise RuntimeError("the response has been sent: a session cannot be started any more")
 
     def abandon(self) -> None:
-        """Store nothing more of this request."""
-        self.visit.failed = True
+        """Store nothing more of this request; an exception tells of it."""
+        self.visit.failed = self._told = True
 
     def save(self) -> None:
         """Apply what is left at the end of the request; a delta without a session is dropped.
@@ -206,7 +216,7 @@ class Transaction:
         visit = self.visit
         if visit.failed or not visit.used:
             visit.close()
-            if visit.failed and self._may_have_changed():
+            if visit.failed and not self._told and self._may_have_changed():
                 # It could not be read or stored, and whoever caught that error goes on. So it is told.
                 self._tell_discarded("unavailable")
             return
@@ -217,7 +227,9 @@ class Transaction:
             elif self.ledger.loaded is not None:
                 visit.touch(self.ledger.loaded)
         except Exception:
-            visit.failed = True
+            visit.failed = self._told = True
+            # With an error go the cookies of what this request has committed, and no others.
+            visit.refreshed, visit.offered = False, None
             raise
         finally:
             # The response goes out now: an id made later would never reach the browser.
@@ -225,7 +237,9 @@ class Transaction:
 
     def save_late(self) -> None:
         """Apply what was changed after :meth:`save`, while the response was sent (G15)."""
-        if self._saved and not self.visit.failed and self._may_have_changed() and self.ledger.changed():
+        if not self._saved or self.visit.failed or not self._may_have_changed():
+            return
+        if self.destroyed or self.ledger.changed() or (self.changes and self._delta()):
             self.save()
 
     def _may_have_changed(self) -> bool:
@@ -236,27 +250,37 @@ class Transaction:
         if not self._may_have_changed():
             return None
         if self.destroyed:
+            # What cannot be stored is told before anything has ended.
+            after = self.ledger.delta()
+            if after.size > self.visit.config.max_bytes:
+                raise SessionTooLarge(after.size, self.visit.config.max_bytes)
             self._end()
         delta = self._delta()
-        if delta.cleared and not delta.creates and self.visit.id is not None:
+        if delta.cleared and not delta.creates:
             self._end()
             return None
-        if not delta or delta == self._refused:
+        if not delta or (self._refused is not None and delta.changes_as(self._refused)):
             return None
         try:
             return self._commit(delta)
-        except SessionConflict:
+        except (SessionConflict, SessionTooLarge):
             self._refused = delta
             raise
 
     def _end(self) -> None:
         handle = self.handle
-        self.committed = True
+        if handle is not None:
+            self.committed = True
         if self.visit.destroy():
             self.visit.notify(signals.session_destroyed, handle=handle)
         self.destroyed = False
         if self.ledger.cleared:
+            # What was set after the clear, a label say, is of the next session.
+            cleared = self._cleared()
+            kept = {name: value for name, value in self.changes.items() if value != cleared.get(name)}
+            kept.pop("rotation", None)
             self._start()
+            self.changes = kept
         self.ledger.start_from(None)
 
     def _delta(self) -> Delta:
@@ -341,6 +365,14 @@ class Transaction:
         self._settle(delta, delta, result)
         return None
 
+    def _cleared(self) -> dict[str, Any]:
+        return {
+            "permanent": self.visit.config.permanent,
+            "lifetime_ms": 0,
+            "principal": Change(None),
+            "label": Change(None),
+        }
+
     def _finish(self, refused: Refused | None) -> None:
         if refused is not None:
             self._discard(refused)
@@ -351,6 +383,8 @@ class Transaction:
         self.committed = True
         self.created = self.created or created
         self.ledger.settle(ours, delta, applied, created=created)
+        if created:
+            self.changes.pop("rotation", None)  # its secret is new as it is
         if self.changes:
             self.changes = {
                 name: change for name, change in self.changes.items() if getattr(delta, name) is None

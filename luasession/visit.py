@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from . import signals
@@ -19,7 +19,7 @@ from .calls import Caller
 from .clock import now_ns
 from .config import Config
 from .delta import Delta
-from .errors import SessionUnavailable
+from .errors import CorruptSession, SessionUnavailable
 from .ids import SessionId, new_session_id, parse_session_id
 from .outcome import Applied, Conflicting, Refused, Standing
 from .readers import idle_lifetime
@@ -299,9 +299,16 @@ class Visit:
         # Before the session says so: whoever ends all sessions of the principal finds it in any case.
         principal = delta.principal.value if delta.principal else None
         handle = session_id.handle
-        if principal is not None and (self._entered is None or self._entered[:2] != (principal, handle)):
+        if principal is not None and not self._has_entered(principal, handle):
             self._entered = (principal, handle, now_ns())
             self._store.enter(principal, handle, self.caller)
+
+    def _has_entered(self, principal: str, handle: str) -> bool:
+        # By its age an entry is known to be of a log-in under way; an old one may have been taken out.
+        entered = self._entered
+        if entered is None or entered[:2] != (principal, handle):
+            return False
+        return now_ns() - entered[2] <= self.config.redis_deadline * 1e9
 
     def _move_entry(self, session_id: SessionId, delta: Delta) -> None:
         if delta.principal is None and not delta.cleared:
@@ -312,7 +319,7 @@ class Visit:
         self._principal = principal
         if principal is None or self._entered is None:
             return
-        if now_ns() - self._entered[2] > self.config.redis_deadline * 1e9:
+        if not self._has_entered(principal, session_id.handle):
             # It took so long that the entry may have been taken for a stale one meanwhile.
             self._store.enter(principal, session_id.handle, self.caller)
 
@@ -336,11 +343,13 @@ class Visit:
         offer = self._offer()
         try:
             loaded = self._store.confirm(self._id, snapshot, self.caller, offer)
-        except SessionUnavailable:
+        except (SessionUnavailable, CorruptSession):
             return
+        if loaded.snapshot is not None:
+            self.standing = loaded.standing  # rotated away meanwhile: it is given no id (G8)
+            self.seen = loaded.snapshot
         if loaded.offered:
             self.offered = offer
-        self.seen = loaded.snapshot or self.seen
         self._note_touch(loaded.touched)
 
     def corrupt(self, key: str, error: Exception) -> None:
@@ -403,6 +412,6 @@ _ENDED = (Standing.GONE, Standing.STALE)
 _ABSENT = (Standing.MISSING, *_ENDED)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _cookies(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?:^|;)\s*{re.escape(name)}(|_v|_o)=([^;]*)")

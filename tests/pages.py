@@ -141,7 +141,7 @@ class Flight:
 
     def _view(self) -> None:
         current = flask_session._get_current_object()  # type: ignore[attr-defined]
-        self._visit = current.visit
+        self._visit = current._transaction.visit
         hub = getcurrent().parent
         assert hub is not None
         hub.switch()

@@ -186,7 +186,9 @@ def test_a_key_must_be_a_str(make_app: MakeApp) -> None:
 
 def ends(app: TestApp, browser: Browser) -> dict[bytes, int]:
     """Return the keys with an end of their own, as they are stored."""
-    loaded = browser.twin(app.another()).run(lambda: (len(session), session.transaction.ledger.snapshot())[1])  # type: ignore[attr-defined]
+    loaded = browser.twin(app.another()).run(
+        lambda: (len(session), session._transaction.ledger.snapshot())[1]
+    )  # type: ignore[attr-defined]
     found: dict[bytes, int] = dict(loaded.deadlines)
     return found
 

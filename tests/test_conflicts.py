@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from luasession import SessionConflict, merge
-from luasession.delta import Check, Delta, Put
+from luasession.delta import KEEP, Check, Delta, Put
 from luasession.ledger import Ledger
 from luasession.outcome import Conflicting
 
@@ -75,7 +75,7 @@ def test_a_merge_may_delete_or_bring_back() -> None:
     assert (merged.sets, merged.deletes) == ({}, {b"a": Check.STRICT})
     ledger, ours = contested(lambda base, theirs, mine: theirs, lambda ledger: ledger.delete("a"), a=1)
     merged = resolved(ledger, ours, {b"a": raw(5)})
-    assert (merged.sets, merged.deletes) == ({b"a": Put(raw(5), Check.STRICT)}, {})
+    assert (merged.sets, merged.deletes) == ({b"a": Put(raw(5), Check.STRICT, KEEP)}, {})
 
 
 def test_types_that_do_not_fit_are_overwritten() -> None:

@@ -102,7 +102,13 @@ def test_the_secret_is_neither_stored_nor_logged(make_app: MakeApp, caplog: pyte
         session["a"] = 1
         session.commit()
         shown.extend(
-            repr(thing) for thing in (session, session._get_current_object(), session.visit, session.visit.id)
+            repr(thing)
+            for thing in (
+                session,
+                session._get_current_object(),
+                session._transaction.visit,
+                session._transaction.visit.id,
+            )
         )
         session["b"] = 2
 

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from luasession import merge
 from luasession.codec import make_serializer
-from luasession.delta import KEEP, Change, Check, Delta, Put
+from luasession.delta import KEPT, Change, Check, Delta, Put
 from luasession.ledger import Ledger
 from luasession.outcome import Applied, Conflicting
 from luasession.policy import Policies
@@ -342,7 +342,7 @@ def test_ends_of_keys() -> None:
     ledger.set("b", [1])
     ledger.set("c", 1, ttl_ms=5)
     delta = ledger.delta()
-    assert [put_of(delta, key).ttl_ms for key in "abc"] == [KEEP, 0, 5]
+    assert [put_of(delta, key).ttl_ms for key in "abc"] == [KEPT + NOW_MS + 700, 0, 5]
 
 
 def test_one_key_of_a_delta() -> None:

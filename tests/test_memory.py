@@ -179,7 +179,10 @@ def test_a_session_dies_with_its_request(wire: Wire, name: str) -> None:
     def watched() -> Any:
         current: Any = session._get_current_object()  # type: ignore[attr-defined]
         references.extend(
-            map(weakref.ref, (current, current.visit, current.transaction, current.transaction.ledger))
+            map(
+                weakref.ref,
+                (current, current._transaction.visit, current._transaction, current._transaction.ledger),
+            )
         )
         return view()
 

@@ -97,7 +97,7 @@ class Everything:
 
     def show(self) -> None:
         current = session._get_current_object()  # type: ignore[attr-defined]
-        visit = current.visit
+        visit = current._transaction.visit
         store = visit._store
         things = [session, current, visit, visit.id, visit.seen, visit.issued, visit.standing]
         things += [
@@ -105,7 +105,7 @@ class Everything:
             store._here.cache,
             store._config,
             store._here.stats.counts(),
-            current.transaction.ledger,
+            current._transaction.ledger,
         ]
         self.note("shown", *things, [things], {"thing": current})
 

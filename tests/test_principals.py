@@ -221,15 +221,35 @@ def test_one_more_command_at_log_in_and_log_out(app: TestApp) -> None:
 
 
 def test_entries_of_sessions_that_expired_go_at_a_log_in(app: TestApp) -> None:
-    """Who never logs out and logs in again and again leaves no pile of entries behind."""
+    """Who never logs out and logs in again and again leaves no pile of entries behind; each log-in takes two."""
     assert app.server is not None
-    gone = [log_in(app.browser()) for _ in range(3)]
+    old = [log_in(app.browser()) for _ in range(8)]
     with app.server.client() as client:
-        for handle in gone[:2]:
+        for handle in old[:5]:
             client.delete(app.prefix + handle)
     grow_old(app, by_ms=32 * 86_400_000)
-    fresh = log_in(app.browser())
-    assert set(index(app)) == {gone[2], fresh}
+    fresh = [log_in(app.browser())]
+    assert set(index(app)) == {*old[2:], *fresh}
+    fresh.append(log_in(app.browser()))
+    assert set(index(app)) == {*old[4:], *fresh}
+    # By now there are few, which do no harm.
+    fresh.append(log_in(app.browser()))
+    assert set(index(app)) == {*old[4:], *fresh}
+    # Of the oldest two one is alive, and stays.
+    fresh.append(log_in(app.browser()))
+    assert set(index(app)) == {*old[5:], *fresh}
+
+
+def test_few_entries_are_not_looked_at(app: TestApp) -> None:
+    """A log-in of a user with few sessions costs one command, however old these are."""
+    assert app.server is not None
+    for _ in range(6):
+        log_in(app.browser())
+    grow_old(app, by_ms=32 * 86_400_000)
+    browser = app.browser()
+    with app.server.counting() as commands:
+        browser.run(lambda: setattr(session, "principal", "ada"))
+    assert commands.names == ["EVALSHA"] * 2
 
 
 def test_an_index_ends_with_the_last_absolute_lifetime(make_app: MakeApp) -> None:

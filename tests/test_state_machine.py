@@ -128,7 +128,7 @@ class Machine(RuleBasedStateMachine):
         request = app.flask.request_class(create_environ(headers={"Cookie": cookies}))
         session = app.flask.session_interface.open_session(app.flask, request)
         assert isinstance(session, LuaSession)
-        session.visit._opened -= int(MARGIN * 1e9)
+        session._transaction.visit._opened -= int(MARGIN * 1e9)
         handle = self.jar.get("session", "").partition(".")[0] or None
         required = self.stored[handle].seen if handle else 0
         self.requests.append(Open(app, session, handle, self.step, required))
