@@ -298,6 +298,9 @@ end
 if after > max_bytes and after > bytes then
   return answer('large', after)
 end
+if #new_principal + #new_label > max_bytes then
+  return answer('large', after + #new_principal + #new_label)
+end
 
 -- Conflicts: strict ones stop the commit, the others are told with what they replaced.
 local report

@@ -511,6 +511,25 @@ def test_a_session_may_have_so_many_bytes(make_app: MakeApp) -> None:
     assert browser.run(lambda: len(session["k"])) == 987
 
 
+@pytest.mark.parametrize("name", ["label", "principal"])
+def test_label_and_principal_have_a_bound(make_app: MakeApp, name: str) -> None:
+    """What is kept beside the keys may have as many bytes as these, and no more: 413, and nothing is written."""
+    app = make_app(SESSION_MAX_BYTES=1000)
+    browser = app.browser()
+    browser.run(lambda: session.update(k=1))
+    handle = browser.run(lambda: session.handle)
+    before = app.stored(handle)
+
+    def change() -> None:
+        session["k"] = 2
+        setattr(session, name, "x" * 1000)
+
+    browser.run(change, status=413)
+    assert app.stored(handle) == before
+    browser.run(lambda: setattr(session, name, "x" * 998))
+    assert browser.run(lambda: len(getattr(session, name))) == 998
+
+
 def test_without_a_handler_too_large_is_a_plain_413(make_valkey_app: MakeApp) -> None:
     """SessionTooLarge answers by itself, and says nothing of sizes or keys to the browser."""
     app = make_valkey_app(SESSION_MAX_BYTES=100)
