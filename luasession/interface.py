@@ -13,11 +13,12 @@ from werkzeug.http import dump_cookie
 
 from .clock import now_ns
 from .codec import make_serializer
+from .errand import Errand
 from .outcome import Standing
 from .policy import Policies
 from .session import LuaSession, transaction_of, visit_of
 from .values import Values
-from .visit import Errand, Visit
+from .visit import Visit
 
 if TYPE_CHECKING:
     from collections.abc import Callable

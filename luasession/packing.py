@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from .config import Config
 from .delta import Change, Delta
+
+#: Milliseconds between two touches by those who do not use a session.
+NEVER = 1 << 47
 
 
 def pack_delta(delta: Delta, new_digest: bytes, offer: bytes = b"") -> list[bytes]:
@@ -28,6 +32,21 @@ def pack_delta(delta: Delta, new_digest: bytes, offer: bytes = b"") -> list[byte
     while arguments and not arguments[-1]:  # what changes rarely stands last, and may be left out
         arguments.pop()
     return arguments
+
+
+def pack_numbers(
+    config: Config, create: bool, cleared: bool, in_flight: bool, lifetime_ms: int, uses: bool
+) -> bytes:
+    """Return what commit.lua is told of flags, times and bounds, which is the same for most commits."""
+    by_default = config.touch_interval_ms is None and uses
+    flags = create | cleared << 1 | in_flight << 2 | by_default << 3 | bool(config.wait_replicas) << 4
+    milliseconds = (
+        lifetime_ms,
+        config.touch_ms(lifetime_ms) if uses else NEVER,
+        config.absolute_ms or 0,
+        config.grace_ms,
+    )
+    return b"%c%b%b" % (flags, b"".join(ms.to_bytes(6) for ms in milliseconds), config.max_bytes.to_bytes(4))
 
 
 def pack_offer(digest: bytes, renew_after_ms: int) -> bytes:

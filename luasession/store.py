@@ -24,7 +24,7 @@ from .errors import CorruptSession, SessionTooLarge, SessionUnavailable
 from .ids import SessionId, new_write_id, same_digest
 from .index import TOLD, PrincipalIndex
 from .outcome import Applied, Conflicting, Loaded, Refused, Standing
-from .packing import pack_change, pack_delta, pack_offer
+from .packing import NEVER, pack_change, pack_delta, pack_numbers, pack_offer
 from .scripts import Code
 from .snapshot import Snapshot, read_changes, read_hash
 from .stats import Stats
@@ -33,8 +33,6 @@ from .vault import Vault
 _NOTHING: Mapping[bytes, bytes | None] = MappingProxyType({})
 # Entries that one log-in looks at, of which it makes one: so there are fewer and fewer stale ones.
 _LOOKED_AT = 2
-# Milliseconds between two touches by those who do not use a session.
-_NEVER = 1 << 47
 
 
 class _Process:
@@ -60,7 +58,7 @@ class Store:
         # touched in the child. The hook holds the store weakly, as there is no way to take it back.
         os.register_at_fork(after_in_child=_starter_afresh(weakref.ref(self)))
         # What commit.lua is told each time; it changes little.
-        self._numbers = lru_cache(maxsize=64)(partial(_numbers, config))
+        self._numbers = lru_cache(maxsize=64)(partial(pack_numbers, config))
         self._vault = Vault(config.encryption_keys) if config.encryption_keys else None
 
     # -- reading ------------------------------------------------------------
@@ -146,7 +144,7 @@ class Store:
                 b"%d" % age,
                 base.pair if base else b"",
                 b"%d" % caller.lifetime_ms,
-                b"%d" % (self._config.touch_ms(lifetime_ms) if caller.uses else _NEVER),
+                b"%d" % (self._config.touch_ms(lifetime_ms) if caller.uses else NEVER),
                 b"%d" % self._config.grace_ms,
                 offered,
             )
@@ -396,21 +394,6 @@ class Store:
     def _remember(self, handle: str, snapshot: Snapshot, sent: int) -> None:
         if self._config.cache_ttl is not None:
             self._here.cache.put(handle, snapshot, sent)
-
-
-def _numbers(
-    config: Config, create: bool, cleared: bool, in_flight: bool, lifetime_ms: int, uses: bool
-) -> bytes:
-    """Return what commit.lua is told of flags, times and bounds, from the flags on."""
-    by_default = config.touch_interval_ms is None and uses
-    flags = create | cleared << 1 | in_flight << 2 | by_default << 3 | bool(config.wait_replicas) << 4
-    milliseconds = (
-        lifetime_ms,
-        config.touch_ms(lifetime_ms) if uses else _NEVER,
-        config.absolute_ms or 0,
-        config.grace_ms,
-    )
-    return b"%c%b%b" % (flags, b"".join(ms.to_bytes(6) for ms in milliseconds), config.max_bytes.to_bytes(4))
 
 
 def _starter_afresh(reference: weakref.ref[Store]) -> Callable[[], None]:

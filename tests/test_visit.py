@@ -11,11 +11,12 @@ from luasession import SessionUnavailable
 from luasession.client import Patience
 from luasession.config import Config
 from luasession.delta import Change, Delta, Put
+from luasession.errand import Errand
 from luasession.ids import SessionId, new_session_id
 from luasession.outcome import Applied, Conflicting, Loaded, Refused, Standing
 from luasession.snapshot import Snapshot
 from luasession.store import Caller, Store
-from luasession.visit import Errand, Visit, now_ns
+from luasession.visit import Visit, now_ns
 
 from .images import NOW_MS, identity, image, state, write_id
 
