@@ -73,16 +73,24 @@ class Calls:
         return (now_ns() // 1000 + server.clock_offset) // 1000
 
     def whole(self, handle: str, caller: Caller) -> tuple[int, dict[bytes, bytes]]:
-        """Read a hash as it is, and return when that was asked, and its fields; nothing of it is proven.
+        """Read a hash as it is, and return when that was asked, and its fields.
+
+        That it has the form of a hash is all that is known of the reply: until something in it proves
+        that it answers this call, it may be another one's, of anything.
 
         :raise SessionUnavailable: if Redis does not answer within the deadline.
         """
         key = self.key(handle)
         words = (b"HGETALL", key)
-        sent, reply, _ = self.client.call(lambda *_: words, _is_hash, caller.patience, None, key)
-        if not isinstance(reply, dict):
-            reply = dict(zip(reply[::2], reply[1::2], strict=True))
-        return sent, reply
+        fields: dict[bytes, bytes] | None = None
+
+        def accept(reply: Any) -> bool:
+            nonlocal fields
+            fields = _fields_of(reply)
+            return fields is not None
+
+        sent, _reply, _ = self.client.call(lambda *_: words, accept, caller.patience, None, key)
+        return sent, fields or {}
 
     def run(
         self,
@@ -153,7 +161,12 @@ def _is_sha(reply: Any) -> bool:
     return isinstance(reply, bytes)
 
 
-def _is_hash(reply: Any) -> bool:
-    # Another call's reply may be a list as well, of anything.
-    items = [*reply, *reply.values()] if isinstance(reply, dict) else reply
-    return isinstance(items, list) and len(items) % 2 == 0 and set(map(type, items)) <= {bytes}
+def _fields_of(reply: Any) -> dict[Any, Any] | None:
+    if isinstance(reply, dict):
+        return reply
+    if not isinstance(reply, list) or len(reply) % 2:
+        return None
+    try:
+        return dict(zip(reply[::2], reply[1::2], strict=True))
+    except TypeError:  # a list in the place of a name
+        return None

@@ -119,7 +119,7 @@ class Store:
         # by the digest in it; without that it proves nothing, and load.lua is asked (G16).
         sent, reply = self.calls.whole(session_id.handle, caller)
         identity = reply.get(b"@i")
-        if identity is None or not same_digest(identity[1:33], session_id.digest):
+        if not isinstance(identity, bytes) or not same_digest(identity[1:33], session_id.digest):
             return None
         snapshot = read_hash(reply)
         self._here.stats.add("loads", snapshot.size)
