@@ -193,7 +193,7 @@ def test_scripts_flushed_on_a_node(topology: Topology, make_app: MakeApp) -> Non
 def owner(topology: Topology, app: TestApp, browser: Browser) -> Any:
     """Return the server that has a browser's session."""
     handle = browser.cookies["session"].partition(".")[0]
-    return topology.owner(app.prefix + handle) if hasattr(topology, "owner") else topology.primary
+    return topology.owner(app.prefix + handle)
 
 
 def connections(app: TestApp, browser: Browser) -> Connections:
@@ -343,7 +343,7 @@ def test_parent_and_children(topology: Topology, tmp_path: Path, ready: bool) ->
     """A process and its forked children use sessions at the same time, each by connections of its own."""
     program = tmp_path / "forked.py"
     program.write_text(PRELUDE + FORKED + VIEWS + FORK_BOTH)
-    kind = ("cluster" if hasattr(topology, "owner") else "sentinel") if ready else "none"
+    kind = ("cluster" if isinstance(topology, ClusterTopology) else "sentinel") if ready else "none"
     done = subprocess.run(
         [sys.executable, str(program), topology.url, f"t{uuid4().hex[:8]}:", kind],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
