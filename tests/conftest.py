@@ -17,6 +17,7 @@ from werkzeug.test import TestResponse
 
 from luasession import Session
 
+from .proxy import Proxy
 from .servers import ClusterTopology, SentinelTopology, Server, cluster, missing, sentinel, standalone
 
 # In CI the same examples each time; elsewhere new ones, so that somebody finds what CI does not.
@@ -55,6 +56,20 @@ def own_server(kind: str) -> Iterator[Server]:
     """A server of each kind for one test alone, which may flush, stop or fill it."""
     with standalone(kind) as server:
         yield server
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    """A proxy before the shared server."""
+    with Proxy(server.socket_path) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def own_proxy(own_server: Server) -> Iterator[Proxy]:
+    """A proxy before the server of one test alone."""
+    with Proxy(own_server.socket_path) as proxy:
+        yield proxy
 
 
 @pytest.fixture(scope="session")
@@ -171,8 +186,10 @@ class TestApp:
     def stored(self, handle: str) -> dict[bytes, bytes]:
         """Return the whole hash of a session."""
         assert self.server is not None
-        with self.server.client() as client:
-            return client.hgetall(self.prefix + handle)
+        key = self.prefix + handle
+        # Where it is, and not by way of a cluster's client, which takes its time to begin.
+        with self.server.owner(key).client() as client:
+            return client.hgetall(key)
 
     def keys(self) -> list[bytes]:
         """Return all keys of this app."""

@@ -74,21 +74,28 @@ class Proxy:
     is used up when its request comes in, not when it takes effect. Predicates must
     not wait for anything; hooks may. What one of them raises is raised again at the
     end of the block.
+
+    :param like: another proxy, whose rules and counts hold for both of them.
     """
 
-    def __init__(self, upstream: Address) -> None:
+    def __init__(self, upstream: Address, like: Proxy | None = None) -> None:
         self.upstream = upstream
         #: The port that clients connect to.
         self.port = 0
         #: How often what was done: ``connections``, ``requests``, ``replies``, and the
         #: actions ``dropped``, ``delayed``, ``truncated``, ``crossed``, ``cut``.
         self.counts: Counter[str] = Counter()
+        #: Ports of servers, as other servers tell them, and what clients are told instead.
+        self.ports: dict[int, int] = {}
         self._rules: list[Rule] = []
         self._links: set[_Link] = set()
         # The last reply to each kind of command, and who got it.
         self._last: dict[tuple[bytes, ...], tuple[_Link, bytes]] = {}
         self._errors: list[BaseException] = []
         self._lock = threading.Lock()
+        if like is not None:
+            self.counts, self.ports, self._rules = like.counts, like.ports, like._rules
+            self._last, self._errors, self._lock = like._last, like._errors, like._lock
         self._listener = self._bind()
         self._acceptor: threading.Thread | None = None
 
@@ -227,6 +234,15 @@ class Proxy:
             if rule is not None:
                 rule.done += 1
 
+    def _retell(self, reply: bytes, kind: tuple[bytes, ...]) -> bytes:
+        """Put proxies in the place of the servers that a node or a sentinel tells of."""
+        if kind[:1] in {(b"CLUSTER",), (b"SENTINEL",)} or reply.startswith((b"-MOVED ", b"-ASK ")):
+            for port, mine in self.ports.items():
+                # A number, or the end of a redirection; or a text.
+                reply = reply.replace(b":%d\r\n" % port, b":%d\r\n" % mine)
+                reply = reply.replace(_text(port), _text(mine))
+        return reply
+
     def _fail(self, error: BaseException) -> None:
         self._errors.append(error)
 
@@ -340,6 +356,7 @@ class _Link:
 
         What was done is counted before the client can notice it.
         """
+        reply = self._proxy._retell(reply, kind)
         others = self._proxy._last.get(kind)
         self._proxy._last[kind] = (self, reply)
         if rule is not None and rule.action == "crossed" and (others is None or others[0] is self):
@@ -369,6 +386,12 @@ class _Link:
                 hook()
         except BaseException as e:  # noqa: BLE001 - pytest.fail() too; close() raises it again
             self._proxy._fail(e)
+
+
+def _text(number: int) -> bytes:
+    """Return a number as the text that it may be in a reply."""
+    digits = b"%d" % number
+    return b"$%d\r\n%b\r\n" % (len(digits), digits)
 
 
 def _connect(address: Address) -> socket.socket:

@@ -262,6 +262,10 @@ class Server:
         """The URL of the TCP port."""
         return f"redis://127.0.0.1:{self.port}/0"
 
+    def owner(self, _key: str | bytes) -> Server:
+        """Return the server that has a key, as a topology does."""
+        return self
+
     def client(self, **options: Any) -> redis.Redis:
         """Return a new client on the unix socket."""
         return redis.Redis(unix_socket_path=self.socket_path, **options)
@@ -438,6 +442,17 @@ def _is_linked(server: Server) -> bool:
         return bool(client.info("replication").get("master_link_status") == "up")
 
 
+@contextmanager
+def _paused(servers: list[Server]) -> Iterator[None]:
+    try:
+        for each in servers:
+            each.pause()
+        yield
+    finally:
+        for each in servers:
+            each.resume()
+
+
 @dataclass
 class SentinelTopology:
     """A primary, two replicas and three sentinels of the service ``main``."""
@@ -445,6 +460,11 @@ class SentinelTopology:
     kind: str
     servers: list[Server]
     sentinels: list[Server]
+
+    @property
+    def everyone(self) -> list[Server]:
+        """The sentinels, and the servers that they watch."""
+        return [*self.sentinels, *self.servers]
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
@@ -465,9 +485,39 @@ class SentinelTopology:
                 return next(server for server in self.servers if server.port == int(port))
         raise RuntimeError("no sentinel answers")
 
+    @property
+    def primaries(self) -> list[Server]:
+        """The primary, as one of one."""
+        return [self.primary]
+
+    def owner(self, _key: str | bytes) -> Server:
+        """Return the server that has a key, as a cluster does."""
+        return self.primary
+
     def client(self, **options: Any) -> redis.Redis:
         """Return a new client of the primary."""
         return self.primary.client(**options)
+
+    @contextmanager
+    def hanging(self, servers: list[Server]) -> Iterator[None]:
+        """Pause servers for the block, for the sentinels no reason to promote another one."""
+
+        def wait_for_each(milliseconds: int) -> None:
+            for each in self.sentinels:
+                with each.client() as client:
+                    client.execute_command("SENTINEL", "SET", "main", "down-after-milliseconds", milliseconds)
+
+        def all_pings_answered() -> bool:
+            return all(self._state(each)["last-ping-sent"] == "0" for each in self.sentinels)
+
+        wait_for_each(60_000)
+        try:
+            with _paused(servers):
+                yield
+        finally:
+            # Before that they would take the server for one that has been down for as long as it was paused.
+            eventually(all_pings_answered)
+            wait_for_each(500)
 
     def settle(self) -> None:
         """Wait until all servers run, replicate, and are known to all sentinels: only so one is promoted."""
@@ -475,10 +525,7 @@ class SentinelTopology:
         def settled() -> bool:
             ports = set()
             for each in self.sentinels:
-                with each.client() as client:
-                    raw = client.execute_command("SENTINEL", "MASTER", "main")
-                state = raw if isinstance(raw, dict) else dict(zip(raw[::2], raw[1::2], strict=True))
-                state = {_text(name): _text(value) for name, value in state.items()}
+                state = self._state(each)
                 # One that is still at the last failover would get the next one wrong.
                 if "down" in state["flags"] or "failover" in state["flags"]:
                     return False
@@ -491,6 +538,14 @@ class SentinelTopology:
 
         if not eventually(settled, 30):
             raise RuntimeError(f"the sentinels do not settle:\n{self.sentinels[0].log()}")
+
+    @staticmethod
+    def _state(sentinel: Server) -> dict[str, str]:
+        """Return what a sentinel knows of the primary."""
+        with sentinel.client() as client:
+            raw = client.execute_command("SENTINEL", "MASTER", "main")
+        state = raw if isinstance(raw, dict) else dict(zip(raw[::2], raw[1::2], strict=True))
+        return {_text(name): _text(value) for name, value in state.items()}
 
     def fail_over(self) -> None:
         """Kill the primary, wait until another one is named, and start the old one as a replica."""
@@ -548,6 +603,17 @@ class ClusterTopology:
         return "redis+cluster://" + ",".join(f"127.0.0.1:{each.port}" for each in self.servers[:3])
 
     @property
+    def everyone(self) -> list[Server]:
+        """All nodes."""
+        return self.servers
+
+    @property
+    def primaries(self) -> list[Server]:
+        """The nodes that have slots, as a node that runs sees it."""
+        ports = {primary for _, _, primary in self._slots()}
+        return [each for each in self.servers if each.port in ports]
+
+    @property
     def spare(self) -> Server:
         """The primary that has no slots, for slots to move to."""
         return self.servers[6]
@@ -571,13 +637,45 @@ class ClusterTopology:
 
     def owner_of_slot(self, slot: int) -> Server:
         """Return the primary of a slot, as a node that runs sees it."""
+        for first, last, port in self._slots():
+            if first <= slot <= last:
+                return next(each for each in self.servers if each.port == port)
+        raise RuntimeError(f"nobody has slot {slot}")
+
+    def _slots(self) -> list[tuple[int, int, int]]:
+        """Return ranges of slots, and the port of the primary that has them."""
         with self.alive()[0].client() as client:
             # Whatever the library makes of CLUSTER SLOTS, this is what the server says.
             client.response_callbacks.clear()
-            for first, last, primary, *_ in client.execute_command("CLUSTER SLOTS"):
-                if first <= slot <= last:
-                    return next(each for each in self.servers if each.port == primary[1])
-        raise RuntimeError(f"nobody has slot {slot}")
+            told = client.execute_command("CLUSTER SLOTS")
+        return [(first, last, primary[1]) for first, last, primary, *_ in told]
+
+    @contextmanager
+    def hanging(self, servers: list[Server]) -> Iterator[None]:
+        """Pause servers for the block, for the others no reason to promote their replicas."""
+
+        def wait_for_each(milliseconds: int) -> None:
+            for each in self.servers:
+                with each.client() as client:
+                    client.config_set("cluster-node-timeout", milliseconds)
+
+        def all_pings_answered() -> bool:
+            for each in self.servers:
+                with each.client() as client:
+                    client.response_callbacks.clear()
+                    lines = client.execute_command("CLUSTER NODES").decode().splitlines()
+                if any(line.split()[4] != "0" for line in lines):
+                    return False
+            return True
+
+        wait_for_each(60_000)
+        try:
+            with _paused(servers):
+                yield
+        finally:
+            # Before that they would take the node for one that has been down for as long as it was paused.
+            eventually(all_pings_answered)
+            wait_for_each(1000)
 
     def settle(self) -> None:
         """Wait until all nodes agree that all is well, and all replicas replicate."""

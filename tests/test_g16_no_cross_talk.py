@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 from uuid import uuid4
 
@@ -14,14 +15,16 @@ import redis
 import valkey as valkey_py
 from flask import session
 
+import luasession.visit
 from luasession.client import Client, Patience, connect
 from luasession.config import Config
 from luasession.connections import Connections
 from luasession.errors import SessionUnavailable
+from luasession.ids import new_session_id
 from luasession.scripts import script
 
 from .conftest import Browser, MakeApp, TestApp
-from .proxy import Proxy
+from .proxy import Proxy, command
 from .servers import Server
 
 #: What a connection may be taken from: luasession's own, or the pool of a client that others use too.
@@ -41,21 +44,49 @@ def handle_of(browser: Browser) -> str:
     return browser.cookies["session"].partition(".")[0]
 
 
-def take(app: TestApp) -> Any:
-    """Take the connection that the app's next call would get; it has to be given back."""
-    return app.flask.session_interface._store.calls.client._connections.take()
+@pytest.fixture(params=CLIENTS)
+def client(request: pytest.FixtureRequest, valkey: Server) -> Iterator[dict[str, Any]]:
+    """What an app is configured with to use one of the clients."""
+    library = CLIENTS[request.param](valkey)
+    yield {} if library is None else {"SESSION_REDIS": library}
+    if library is not None:
+        library.close()
 
 
-def give(app: TestApp, connection: Any) -> None:
-    app.flask.session_interface._store.calls.client._connections.give(connection)
+@pytest.fixture
+def proxy(valkey: Server) -> Iterator[Proxy]:
+    with Proxy(valkey.socket_path) as proxy:
+        yield proxy
 
 
-def leave_unread(app: TestApp, *command: Any) -> Any:
-    """Have the app's connection lose step: send a command on it and do not read the reply."""
-    connection = take(app)
-    connection.send_command(*command)
-    give(app, connection)
+def connections(app: TestApp, handle: str) -> Connections:
+    """Return the connections to the server that has a session."""
+    found: Connections = app.flask.session_interface._store.calls.client._connections.of(
+        (app.prefix + handle).encode()
+    )
+    return found
+
+
+def next_connection(app: TestApp, handle: str) -> Any:
+    """Return the connection that the app's next call about a session will be made on."""
+    there = connections(app, handle)
+    connection = there.take()
+    there.give(connection)
     return connection
+
+
+def is_beside(app: TestApp, handle: str, other: str) -> bool:
+    """Whether two sessions are on the same server, as all are unless there is more than one."""
+    return connections(app, handle) is connections(app, other)
+
+
+def neighbour(app: TestApp, seeder: TestApp, handle: str, view: Callable[[], Any]) -> Browser:
+    """Return a browser of another session on the same server, begun by a view."""
+    while True:
+        browser = seeder.browser()
+        browser.run(view)
+        if is_beside(app, handle, handle_of(browser)):
+            return browser
 
 
 # The foreign replies; each makes the command from the app and the two handles, the reader's and the other's.
@@ -108,38 +139,37 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize("call", CALLS)
-def test_a_connection_that_lost_step(
-    valkey: Server, make_valkey_app: MakeApp, client: str, call: str
-) -> None:
+def test_a_connection_that_lost_step(make_valkey_app: MakeApp, client: dict[str, Any], call: str) -> None:
     """On a connection with somebody else's reply in it every call is answered right or with 503."""
     seeder = make_valkey_app(SESSION_CACHE_TTL=None)
-    library = CLIENTS[client](valkey)
-    app = seeder.another(SESSION_CACHE_TTL=0, **({} if library is None else {"SESSION_REDIS": library}))
+    app = seeder.another(SESSION_CACHE_TTL=0, **client)
     app.browser().run(lambda: session.update(warm=1))
     answers = {foreign: one_foreign_reply(seeder, app, foreign, call) for foreign in FOREIGN}
     # Errors are taken for the server's answer to the call; all other replies are recognised.
     assert {foreign for foreign, status in answers.items() if status == 503} <= {"an error", "no script"}
-    if library is not None:
-        library.close()
 
 
 def one_foreign_reply(seeder: TestApp, app: TestApp, foreign: str, call: str) -> int:
     """Make a call on a connection with a foreign reply in it; return the status of the answer."""
-    victim, other = seeder.browser(), seeder.browser()
+    victim = seeder.browser()
     victim.run(lambda: session.update(n=1))
-    other.run(lambda: session.update(secret="other's", n=7))
-    theirs = seeder.stored(handle_of(other))
     handle = handle_of(victim)
+    other = neighbour(app, seeder, handle, lambda: session.update(secret="other's", n=7))
+    theirs = seeder.stored(handle_of(other))
     mine = app.browser() if call == "create" else victim.twin(app)
     if call in {"confirm", "commit"}:
         assert mine.run(see) == {"n": 1}
 
-    leave_unread(app, *FOREIGN[foreign](app, handle, handle_of(other)))
+    lost = next_connection(app, handle)
+    lost.send_command(*FOREIGN[foreign](app, handle, handle_of(other)))
     token = uuid4().hex
     app.views[token] = CALLS[call]
-    response = mine.client.get("/run", headers={"X-Token": token})
+    with pytest.MonkeyPatch.context() as patch:
+        # What is begun is begun on the server that the connection leads to.
+        begun = next(each for _ in count() if is_beside(app, handle, (each := new_session_id(32)).handle))
+        patch.setattr(luasession.visit, "new_session_id", lambda _length: begun)
+        response = mine.client.get("/run", headers={"X-Token": token})
     status = response.status_code
     assert status in {200, 503}, (foreign, response.text)
     if status == 503:
@@ -164,22 +194,19 @@ def _echo(client: Client, word: bytes) -> Any:
     return client.call(lambda *_: (b"ECHO", word), lambda _reply: True, Patience(0))[1]
 
 
-@pytest.mark.parametrize("client", CLIENTS)
-def test_a_foreign_reply_costs_the_connection(valkey: Server, client: str) -> None:
+def test_a_foreign_reply_costs_the_connection(make_valkey_app: MakeApp, client: dict[str, Any]) -> None:
     """A reply that is not accepted is an error, and the connection that it came from is closed."""
-    library = CLIENTS[client](valkey)
-    way = connect(Config(redis_url=valkey.url, redis=library), "test")
+    app = make_valkey_app(**client)
+    way = app.flask.session_interface._store.calls.client  # type: ignore[attr-defined]
     assert _echo(way, b"a") == b"a"
-    connection = way._connections.take()
-    way._connections.give(connection)
+    there = way._connections.of(b"")
+    connection = there.take()
+    there.give(connection)
     assert connection._sock is not None
     with pytest.raises(SessionUnavailable, match="Unproven: the reply answers another call"):
         way.call(lambda *_: (b"ECHO", b"b"), lambda reply: False, Patience(0))
     assert connection._sock is None
     assert _echo(way, b"c") == b"c"
-    connection.disconnect()
-    if library is not None:
-        library.close()
 
 
 def test_a_foreign_reply_before_wait(valkey: Server, make_valkey_app: MakeApp) -> None:
@@ -190,7 +217,7 @@ def test_a_foreign_reply_before_wait(valkey: Server, make_valkey_app: MakeApp) -
     app = seeder.another(SESSION_WAIT_REPLICAS=1, SESSION_WAIT_TIMEOUT=0.001)
     mine = browser.twin(app)
     assert mine.run(see) == {"n": 1}
-    leave_unread(app, "HGETALL", app.prefix + "nobody")
+    next_connection(app, handle_of(browser)).send_command("HGETALL", app.prefix + "nobody")
     mine.run(blind_set, status=503)
     assert mine.run(see) == {"n": 2}
 
@@ -211,21 +238,19 @@ INTERRUPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize("moment", ["read_response", "send_packed_command"])
 def test_an_interruption_costs_the_connection(
-    valkey: Server, make_valkey_app: MakeApp, client: str, moment: str
+    make_valkey_app: MakeApp, client: dict[str, Any], moment: str
 ) -> None:
     """Whatever breaks off between sending and reading: the reply is never the next request's."""
-    library = CLIENTS[client](valkey)
-    app = make_valkey_app(SESSION_CACHE_TTL=None, **({} if library is None else {"SESSION_REDIS": library}))
+    app = make_valkey_app(SESSION_CACHE_TTL=None, **client)
     app.flask.testing = True  # what a view raises arrives here
-    first, second = app.browser(), app.browser()
+    first = app.browser()
     first.run(lambda: session.update(who="first"))
-    second.run(lambda: session.update(who="second"))
+    handle = handle_of(first)
+    second = neighbour(app, app, handle, lambda: session.update(who="second"))
     for interruption in INTERRUPTIONS:
-        connection = take(app)
-        give(app, connection)
+        connection = next_connection(app, handle)
         with pytest.MonkeyPatch.context() as patch:
             break_off(patch, connection, moment, interruption)
             with pytest.raises(interruption):
@@ -234,8 +259,6 @@ def test_an_interruption_costs_the_connection(
         for _ in range(2):
             assert second.run(see) == {"who": "second"}, interruption
             assert first.run(see) == {"who": "first"}, interruption
-    if library is not None:
-        library.close()
 
 
 def break_off(
@@ -253,29 +276,28 @@ def break_off(
     patch.setattr(connection, moment, broken)
 
 
-def test_a_signal_in_the_middle_of_a_read(valkey: Server, make_valkey_app: MakeApp) -> None:
+def test_a_signal_in_the_middle_of_a_read(proxy: Proxy, make_valkey_app: MakeApp) -> None:
     """A signal handler that raises while a reply is awaited: nobody else gets that reply."""
 
     def stop(*_: object) -> None:
         raise Stop
 
-    with Proxy(valkey.socket_path) as proxy:
-        app = make_valkey_app(SESSION_REDIS_URL=proxy.url, SESSION_CACHE_TTL=None, SESSION_REDIS_TIMEOUT=10)
-        first, second = app.browser(), app.browser()
-        first.run(lambda: session.update(who="first"))
-        second.run(lambda: session.update(who="second"))
-        before = signal.signal(signal.SIGUSR1, stop)
-        try:
-            # The request is at the proxy, so its reply is awaited, or about to be.
-            rule = proxy.delay_reply(0.2, lambda words: signal_main())
-            with pytest.raises(Stop):
-                first.run(see)
-        finally:
-            signal.signal(signal.SIGUSR1, before)
-        assert rule.remaining == 0
-        for _ in range(2):
-            assert second.run(see) == {"who": "second"}
-            assert first.run(see) == {"who": "first"}
+    app = make_valkey_app(SESSION_REDIS_URL=proxy.url, SESSION_CACHE_TTL=None, SESSION_REDIS_TIMEOUT=10)
+    first = app.browser()
+    first.run(lambda: session.update(who="first"))
+    second = neighbour(app, app, handle_of(first), lambda: session.update(who="second"))
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        # The request is at the proxy, so its reply is awaited, or about to be.
+        rule = proxy.delay_reply(0.2, lambda words: signal_main())
+        with pytest.raises(Stop):
+            first.run(see)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert rule.remaining == 0
+    for _ in range(2):
+        assert second.run(see) == {"who": "second"}
+        assert first.run(see) == {"who": "first"}
 
 
 def signal_main() -> bool:
@@ -283,6 +305,56 @@ def signal_main() -> bool:
     assert main is not None
     signal.pthread_kill(main, signal.SIGUSR1)
     return True
+
+
+def is_script(name: str) -> Callable[[list[bytes]], bool]:
+    return lambda words: words[0] == b"EVALSHA" and words[1] == script(name).sha
+
+
+#: What is sent, and what then is stored of n and at which version.
+CROSSED = {
+    "cold load": (command("HGETALL"), 5, 1),
+    "confirm": (is_script("load"), 5, 1),
+    "blind": (is_script("commit"), 2, 2),
+    "commit": (is_script("commit"), 6, 2),
+}
+
+
+@pytest.mark.parametrize("deadline", [0, 10])
+@pytest.mark.parametrize("call", CROSSED)
+def test_a_crossed_reply(proxy: Proxy, make_valkey_app: MakeApp, call: str, deadline: int) -> None:
+    """The reply to somebody else's call of the same kind is nobody's answer; a script's costs the connection."""
+    app = make_valkey_app(
+        SESSION_REDIS_URL=proxy.url,
+        SESSION_REDIS_DEADLINE=deadline,
+        SESSION_CACHE_TTL=None if call == "cold load" else 0,
+    )
+    is_call, n, version = CROSSED[call]
+    first = app.browser()
+    first.run(lambda: session.update(n=1, who="first"))
+    handle = handle_of(first)
+    second = neighbour(app, app, handle, lambda: session.update(n=5, who="second"))
+    assert second.run(see) == {"n": 5, "who": "second"}
+    first.run(CALLS[call])
+    theirs = app.stored(handle)
+    # The first one's reply came on the one, and the other one is used next.
+    there = connections(app, handle)
+    kept, crossed = there.take(), there.take()
+    there.give(kept)
+    there.give(crossed)
+    rule = proxy.cross_reply(is_call)
+    # A hash that proves nothing is asked for once more, by load.lua.
+    refused = call != "cold load"
+    result = second.run(CALLS[call], status=503 if refused and not deadline else 200)
+    assert rule.done == 1
+    assert (crossed._sock is None) is refused
+    if refused and not deadline:
+        assert second.set_cookies == {}
+    elif CALLS[call] is see:
+        assert result == {"n": 5, "who": "second"}
+    expected = ({"n": n, "who": "second"}, version)
+    assert second.run(lambda: (dict(session), session.version)) == expected
+    assert app.stored(handle) == theirs
 
 
 # The connections that luasession makes itself.

@@ -74,10 +74,9 @@ class Lossy:
 
 
 @pytest.fixture
-def lossy(server: Server, make_app: MakeApp) -> Iterator[Lossy]:
-    with Proxy(server.socket_path) as proxy:
-        app = make_app(SESSION_REDIS_URL=proxy.url, SESSION_REDIS_DEADLINE=20)
-        yield Lossy(app, app.another(SESSION_REDIS_URL=server.url), proxy)
+def lossy(server: Server, proxy: Proxy, make_app: MakeApp) -> Lossy:
+    app = make_app(SESSION_REDIS_URL=proxy.url, SESSION_REDIS_DEADLINE=20)
+    return Lossy(app, app.another(SESSION_REDIS_URL=server.url), proxy)
 
 
 def handle_of(browser: Browser) -> str:
@@ -289,30 +288,29 @@ def test_an_explicit_commit_and_an_atomic_update(lossy: Lossy) -> None:
     assert browser.run(lambda: session["n"]) == 112
 
 
-def test_a_hung_server_runs_all_sendings(own_server: Server) -> None:
+def test_a_hung_server_runs_all_sendings(own_server: Server, own_proxy: Proxy) -> None:
     """A server that hangs gets a commit several times and then runs them all: one is applied."""
-    with Proxy(own_server.socket_path) as proxy:
-        app = TestApp(
-            own_server,
-            {"SESSION_REDIS_URL": proxy.url, "SESSION_REDIS_TIMEOUT": 0.05, "SESSION_REDIS_DEADLINE": 20},
-        )
-        browser = app.browser()
-        browser.run(lambda: session.update(START))
-        sendings: list[bytes] = []
-        # Looks on and matches nothing.
-        proxy.cut_request(lambda words: is_commit(words) and bool(sendings.append(words[4])))
-        with own_server.counting() as commands, ThreadPoolExecutor(1) as pool:
-            own_server.pause()
-            try:
-                request = pool.submit(browser.run, read_and_set)
-                assert eventually(lambda: len(sendings) >= 4)
-            finally:
-                own_server.resume()
-            request.result(20)
-            assert len(set(sendings)) == 1
-        assert commands.names.count("EVALSHA") >= 4
-        assert read_hash(app.stored(handle_of(browser))).version == 2
-        assert browser.run(lambda: dict(session)) == {**START, "n": 2}
+    app = TestApp(
+        own_server,
+        {"SESSION_REDIS_URL": own_proxy.url, "SESSION_REDIS_TIMEOUT": 0.05, "SESSION_REDIS_DEADLINE": 20},
+    )
+    browser = app.browser()
+    browser.run(lambda: session.update(START))
+    sendings: list[bytes] = []
+    # Looks on and matches nothing.
+    own_proxy.cut_request(lambda words: is_commit(words) and bool(sendings.append(words[4])))
+    with own_server.counting() as commands, ThreadPoolExecutor(1) as pool:
+        own_server.pause()
+        try:
+            request = pool.submit(browser.run, read_and_set)
+            assert eventually(lambda: len(sendings) >= 4)
+        finally:
+            own_server.resume()
+        request.result(20)
+        assert len(set(sendings)) == 1
+    assert commands.names.count("EVALSHA") >= 4
+    assert read_hash(app.stored(handle_of(browser))).version == 2
+    assert browser.run(lambda: dict(session)) == {**START, "n": 2}
 
 
 @pytest.mark.parametrize("parts", [("drop",), ("drop", "cut", "truncate")])

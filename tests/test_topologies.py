@@ -1,4 +1,4 @@
-"""Guarantees on a cluster and behind Sentinel: the same tests as on a single server, run once more."""
+"""Clusters and Sentinel: every way to get there, and what is the same for both; the guarantees have their own file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import gevent
 import pytest
 import redis
 import valkey.cluster
@@ -26,16 +25,6 @@ from luasession.connections import Connections
 
 from .conftest import GUARANTEED, Browser, MakeApp, TestApp
 from .servers import ClusterTopology, SentinelTopology
-
-# The fixtures below stand in for the ones of the same names that these tests were written for.
-from .test_g1_disjoint_keys import *  # noqa: F403
-from .test_g2_readers_never_write import *  # noqa: F403
-from .test_g3_same_key import *  # noqa: F403
-from .test_g4_atomic_repeatable import *  # noqa: F403
-from .test_g5_versions import *  # noqa: F403
-from .test_g7_dead_stays_dead import *  # noqa: F403
-from .test_g8_grace import *  # noqa: F403
-from .test_g9_read_your_writes import *  # noqa: F403
 from .test_store import FORK_BOTH, PRELUDE, VIEWS
 
 Topology = Any
@@ -193,7 +182,7 @@ def test_scripts_flushed_on_a_node(topology: Topology, make_app: MakeApp) -> Non
 def owner(topology: Topology, app: TestApp, browser: Browser) -> Any:
     """Return the server that has a browser's session."""
     handle = browser.cookies["session"].partition(".")[0]
-    return topology.owner(app.prefix + handle) if hasattr(topology, "owner") else topology.primary
+    return topology.owner(app.prefix + handle)
 
 
 def connections(app: TestApp, browser: Browser) -> Connections:
@@ -343,7 +332,7 @@ def test_parent_and_children(topology: Topology, tmp_path: Path, ready: bool) ->
     """A process and its forked children use sessions at the same time, each by connections of its own."""
     program = tmp_path / "forked.py"
     program.write_text(PRELUDE + FORKED + VIEWS + FORK_BOTH)
-    kind = ("cluster" if hasattr(topology, "owner") else "sentinel") if ready else "none"
+    kind = ("cluster" if isinstance(topology, ClusterTopology) else "sentinel") if ready else "none"
     done = subprocess.run(
         [sys.executable, str(program), topology.url, f"t{uuid4().hex[:8]}:", kind],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
@@ -375,45 +364,6 @@ def test_tls() -> None:
         assert connection.retry._retries == 0
         assert connection.socket_timeout == 1
     assert server._recipe.settings["db"] == 3
-
-
-# No cross-talk.
-
-
-class Stop(BaseException):
-    """What a supervisor of one's own may raise anywhere."""
-
-
-@pytest.mark.parametrize(
-    "interruption", [gevent.Timeout, gevent.GreenletExit, KeyboardInterrupt, Stop, ValueError]
-)
-@pytest.mark.parametrize("library", ["url", "redis-py", "valkey-py"])
-def test_an_interrupted_read(
-    sentinels: Callable[[str], SentinelTopology], library: str, interruption: type[BaseException]
-) -> None:
-    """What is raised in the middle of a read costs a Sentinel's connection: nobody gets the other's reply."""
-    found = sentinels("valkey-9.1")
-    config = SENTINELS[library](found)
-    app = TestApp(found, {"SESSION_KEY_PREFIX": f"t{uuid4().hex[:8]}:", "SESSION_CACHE_TTL": None, **config})
-    app.flask.testing = True
-    first, second = app.browser(), app.browser()
-    first.run(lambda: session.update(who="first"))
-    second.run(lambda: session.update(who="second"))
-    taken_from = connections(app, first)
-    connection = taken_from.take()
-    taken_from.give(connection)
-
-    def broken(*args: Any, **options: Any) -> Any:
-        raise interruption
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection, "read_response", broken)
-        with pytest.raises(interruption):
-            first.run(see)
-    assert connection._sock is None
-    for _ in range(2):
-        assert (first.run(see), second.run(see)) == ({"who": "first"}, {"who": "second"})
-    close(config)
 
 
 def test_a_replica_is_refused(sentinels: Callable[[str], SentinelTopology]) -> None:
