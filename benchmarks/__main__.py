@@ -45,7 +45,9 @@ def run(effort: Effort, say: report.Progress) -> dict[str, Any]:
             result["population"] = people.rows
             say("the mix")
             result["requests"] += population.measure(people, socket, *effort.mix)
-            result["system"] = system.measure(socket, people, effort.system, effort.all_systems, say)
+            result["growth"] += growth.among_many(people, socket, effort.sessions, effort.among_many, say)
+            served = system.servings(effort.all_systems, effort.processes)
+            result["system"] = system.measure(socket, people, effort.system, served, say)
             client.flushdb()
             result["server"], result["memory"] = [], []
             with server.servers(effort.all_servers, socket) as found:

@@ -20,6 +20,7 @@ from .peers import (
 )
 from .samples import Row
 from .server import BARE
+from .web import GTHREAD, PROCESSES
 from .workloads import HUGE, LARGE, SMALL
 
 #: The server whose own time and memory the aims are about, if it was found.
@@ -58,8 +59,9 @@ class _Measured:
         return float(find(self._result["limits"], command=command)["p50"])
 
     def served(self, peer: str, what: str) -> float:
-        """Return a figure from under gunicorn."""
-        return float(find(self._result["system"], peer=peer)[what])
+        """Return a figure from under gunicorn, with threads."""
+        names = {"worker_class": GTHREAD, "processes": PROCESSES}
+        return float(find(self._result["system"], peer=peer, **names)[what])
 
     def burst(self, peer: str, pause: int) -> Row:
         """Return the row of most parallel writers."""

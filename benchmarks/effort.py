@@ -17,14 +17,17 @@ class Effort:
     #: Sessions of the mix, and requests of it in this process for each peer.
     population: int
     mix: tuple[int, int]
-    #: Rounds and seconds of each peer under gunicorn, and whether that is all of them.
+    #: Rounds and seconds of each peer under gunicorn, whether that is all of them, and numbers of processes.
     system: tuple[int, float]
     all_systems: bool
+    processes: tuple[int, ...]
     #: Parallel requests on one session, and rounds of each.
     parallel: tuple[int, ...]
     contention: int
-    #: Rounds and calls for each point of the growth.
+    #: Rounds and calls for each point of the growth; numbers of sessions, and the same for each of them.
     growth: tuple[int, int]
+    sessions: tuple[int, ...]
+    among_many: tuple[int, int]
     #: Calls for one figure of the server's own time, and whether every server that is found is asked.
     server: int
     all_servers: bool
@@ -38,26 +41,32 @@ FULL = Effort(
     commands=4000,
     population=100_000,
     mix=(20, 500),
-    system=(6, 2.0),
+    system=(5, 1.1),
     all_systems=True,
+    processes=(1, 2, 4),
     parallel=(1, 2, 4, 8, 16, 32, 64),
     contention=3,
     growth=(10, 8),
+    sessions=(100, 1_000, 10_000, 100_000),
+    among_many=(8, 200),
     server=1000,
     all_servers=True,
     handles=1_000_000,
 )
 QUICK = Effort(
     name="quick",
-    rounds={"8 x 40 B": (8, 10), "30 mixed": (3, 5), "100 x 1 KB": (3, 5), "1000 x 1 KB": (2, 2)},
+    rounds={"8 x 40 B": (6, 10), "30 mixed": (3, 5), "100 x 1 KB": (3, 5), "1000 x 1 KB": (2, 2)},
     commands=800,
     population=10_000,
     mix=(3, 100),
-    system=(1, 0.7),
+    system=(1, 0.4),
     all_systems=True,
-    parallel=(1, 8, 64),
+    processes=(1, 2, 4),
+    parallel=(1, 8, 16),
     contention=1,
     growth=(1, 4),
+    sessions=(100, 1_000, 10_000),
+    among_many=(2, 50),
     server=200,
     all_servers=True,
     handles=200_000,
@@ -70,9 +79,12 @@ SMOKE = Effort(
     mix=(1, 5),
     system=(1, 0.1),
     all_systems=False,
+    processes=(1, 2),
     parallel=(1, 2),
     contention=1,
     growth=(1, 1),
+    sessions=(10, 50),
+    among_many=(1, 5),
     server=5,
     all_servers=False,
     handles=20_000,

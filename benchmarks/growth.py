@@ -1,16 +1,19 @@
-"""Growth: what a request costs as the session gets larger, and as it gets more keys."""
+"""Growth: what a request costs as the session gets larger, as it gets more keys, and among more sessions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from .peers import CACHED, COLD, FLOOR, LOADED, RIVAL, VALIDATING, Peer
-from .samples import Row, summary
+from .peers import CACHED, COLD, DEFAULTS, FLOOR, LOADED, RIVAL, VALIDATING, Peer
+from .population import Mix, Population
+from .samples import PERCENTILES, Row, summary
 
-#: Whose growth is drawn.
+#: Whose growth is drawn: of one session, and of many.
 PEERS = (FLOOR, LOADED, RIVAL, COLD, VALIDATING, CACHED)
-_PATHS = {"read one key": "/read", "read, change": "/change"}
+AMONG_MANY = (FLOOR, LOADED, RIVAL, COLD, DEFAULTS)
+#: What is asked of a session that grows.
+PATHS = {"read one key": "/read", "read, change": "/change"}
 
 
 def _shapes() -> list[tuple[str, int, dict[str, Any]]]:
@@ -30,7 +33,7 @@ def measure(socket: str, rounds: int, calls: int, say: Callable[[str], None]) ->
         peers = {name: Peer(name, socket, data) for name in PEERS}
         series: dict[tuple[str, str], list[float]] = {}
         for _ in range(rounds):
-            for workload, path in _PATHS.items():
+            for workload, path in PATHS.items():
                 for name, peer in peers.items():
                     peer.call(path)
                     series.setdefault((workload, name), []).extend(peer.call(path) for _ in range(calls))
@@ -39,3 +42,33 @@ def measure(socket: str, rounds: int, calls: int, say: Callable[[str], None]) ->
             for (workload, name), values in series.items()
         ]
     return rows
+
+
+def among_many(
+    population: Population,
+    socket: str,
+    counts: tuple[int, ...],
+    effort: tuple[int, int],
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Time the mix over the first sessions of a population, for each count of them.
+
+    Each count has new apps with empty caches; the browsers stay the same.
+    """
+    mix = Mix(population, socket, AMONG_MANY)
+    rows: list[Row] = []
+    for count in counts:
+        say(f"growth: {count} sessions")
+        rows += [{"axis": "sessions", "size": count, **row} for row in mix.run(*effort, count)]
+    return rows
+
+
+def above_floor(rows: list[Row]) -> list[Row]:
+    """Return the rows of the mix among many sessions, each percentile as what it is above the floor's."""
+    many = [row for row in rows if row["axis"] == "sessions"]
+    floors = {row["size"]: row for row in many if row["peer"] == FLOOR}
+    return [
+        {**row, **{name: row[name] - floors[row["size"]][name] for name in PERCENTILES}}
+        for row in many
+        if row["peer"] != FLOOR
+    ]

@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .contention import LOCKED, TUNED
+from .growth import PATHS, above_floor
 from .peers import CACHED, COLD, COOKIE, DEFAULTS, FLOOR, LOADED, RIVAL, VALIDATING
+from .samples import Row
+from .system import FEW
+from .web import GEVENT, GTHREAD, PROCESSES, THREADS
 from .workloads import FRESH, SMALL, STANDING
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,7 +60,7 @@ _MARKS = {
     COLD: ("o", "--"),
     VALIDATING: ("^", "-."),
     CACHED: ("*", "-"),
-    DEFAULTS: ("*", "-"),
+    DEFAULTS: ("P", "-"),
     FLOOR: ("|", ":"),
 }
 
@@ -64,7 +69,7 @@ def _style(peer: str, theme: Theme) -> dict[str, Any]:
     marker, dashes = _MARKS[peer]
     ours = peer.startswith("luasession")
     color = theme.ours if ours else theme.theirs if peer.startswith("Flask-Session") else theme.other
-    size = 10 if marker == "*" else 6.5
+    size = {"*": 10, "P": 8}.get(marker, 6.5)
     return {
         "color": color,
         "marker": marker,
@@ -99,34 +104,64 @@ def _requests(result: dict[str, Any], theme: Theme) -> Figure:
     axes.set_xlabel("microseconds above Flask without sessions: P50, and a line up to P90")
     axes.set_title(f"One request, session of {SMALL}: left is better", loc="left")
     _finish(axes, theme, "x")
-    _legend(figure, axes, theme)
+    _legend(figure, [axes], theme)
     return figure
 
 
 def _growth(result: dict[str, Any], theme: Theme) -> Figure:
-    """Draw what a read and a change cost against bytes and keys of the session."""
-    peers = (LOADED, RIVAL, COLD, VALIDATING, CACHED)
-    workloads = list(dict.fromkeys(row["workload"] for row in result["growth"]))
-    figure, grid = plt.subplots(len(workloads), 2, figsize=(9, 7), sharey=True, layout="constrained")
-    for line, workload in zip(grid, workloads, strict=True):
-        for axes, axis in zip(line, ("bytes", "keys"), strict=True):
-            for peer in (FLOOR, *peers):
-                points = [
-                    (row["size"], row["p50"])
-                    for row in result["growth"]
-                    if (row["axis"], row["workload"], row["peer"]) == (axis, workload, peer)
-                ]
-                axes.plot(*zip(*points, strict=True), **_style(peer, theme))
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_major_formatter("{x:,.0f}")
-            axes.set_xlabel("bytes in ten keys" if axis == "bytes" else "keys of 40 bytes")
-            axes.set_title(workload, loc="left")
-            _finish(axes, theme, "y")
-        line[0].set_ylabel("microseconds, P50")
-    _legend(figure, grid[0][0], theme)
+    """Draw what requests cost against bytes, keys and number of sessions, and what more workers bring."""
+    figure, grid = plt.subplot_mosaic("AAABBB;CCCDDD;EEFFGG", figsize=(9.6, 10.4), layout="constrained")
+    one_session = [grid[name] for name in "ABCD"]
+    for axes, (workload, axis) in zip(one_session, product(PATHS, ("bytes", "keys")), strict=True):
+        rows = [row for row in result["growth"] if (row["axis"], row["workload"]) == (axis, workload)]
+        _curves(axes, theme, rows, ("size", "p50"))
+        axes.sharey(one_session[0])
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlabel("bytes in ten keys" if axis == "bytes" else "keys of 40 bytes")
+        axes.set_title(workload, loc="left")
+        if axis == "bytes":
+            axes.set_ylabel("microseconds, P50")
+    _sessions(result, theme, {"p50": grid["E"], "p99": grid["F"]})
+    _workers(result, theme, grid["G"])
+    for axes in grid.values():
+        axes.minorticks_off()  # they take half of the time to draw, and show little
+    _legend(figure, grid.values(), theme)
     return figure
+
+
+def _sessions(result: dict[str, Any], theme: Theme, panels: dict[str, Axes]) -> None:
+    rows = above_floor(result["growth"])
+    for name, axes in panels.items():
+        _curves(axes, theme, rows, ("size", name))
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.tick_params(axis="x", labelsize="small")
+        axes.set_xlabel("sessions")
+        axes.set_title(f"mix, {name.upper()}", loc="left")
+    panels["p50"].set_ylabel("microseconds above the floor")
+
+
+def _workers(result: dict[str, Any], theme: Theme, axes: Axes) -> None:
+    rows = [row for row in result["system"] if row["worker_class"] == GTHREAD and row["peer"] in FEW]
+    _curves(axes, theme, rows, ("processes", "requests_per_second"))
+    many = sorted({row["processes"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(many, [str(each) for each in many])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(f"processes of {THREADS} threads")
+    axes.set_title("mix, requests per second", loc="left")
+
+
+def _curves(axes: Axes, theme: Theme, rows: list[Row], names: tuple[str, str]) -> None:
+    """Draw a line for each peer, one figure of its rows against another."""
+    for peer in dict.fromkeys(row["peer"] for row in rows):
+        points = sorted(tuple(row[name] for name in names) for row in rows if row["peer"] == peer)
+        axes.plot(*zip(*points, strict=True), **_style(peer, theme))
+    _finish(axes, theme, "y")
 
 
 def _contention(result: dict[str, Any], theme: Theme) -> Figure:
@@ -161,15 +196,38 @@ def _contention(result: dict[str, Any], theme: Theme) -> Figure:
     best = max(row["kept"] for row in rows)
     _note(kept, "luasession, and what waits for a lock", (many[-1], best), (-4, 13), theme)
     _note(kept, "signed cookie and Flask-Session", (many[-1], 1), (0, 12), theme)
-    _legend(figure, kept, theme)
+    _legend(figure, [kept], theme)
     return figure
 
 
 def _system(result: dict[str, Any], theme: Theme) -> Figure:
-    """Draw requests per second and latencies under gunicorn."""
-    rows = result["system"]
+    """Draw requests per second and latencies under gunicorn, with threads and with gevent."""
+    groups = {
+        words: [
+            row
+            for row in result["system"]
+            if (row["worker_class"], row["processes"]) == (worker_class, PROCESSES)
+        ]
+        for worker_class, words in (
+            (GTHREAD, f"{PROCESSES} processes of {THREADS} threads"),
+            (GEVENT, f"{PROCESSES} processes, gevent"),
+        )
+    }
+    heights = [len(rows) + 1 for rows in groups.values()]
+    figure, grid = plt.subplots(
+        2, 2, figsize=(10, 6.6), sharex="col", sharey="row", height_ratios=heights, layout="constrained"
+    )
+    for (rate, late), (words, rows) in zip(grid, groups.items(), strict=True):
+        _served(rate, late, rows, theme)
+        rate.set_title(words, loc="left")
+        late.set_title("P50 dot, P90 diamond, P99 bar", loc="left")
+    rate.set_xlabel("requests per second: right is better")
+    late.set_xlabel("milliseconds: left is better")
+    return figure
+
+
+def _served(rate: Axes, late: Axes, rows: list[Row], theme: Theme) -> None:
     places = range(len(rows))
-    figure, (rate, late) = plt.subplots(1, 2, figsize=(10, 3.9), sharey=True, layout="constrained")
     for place, row in enumerate(rows):
         style = _style(row["peer"], theme)
         ours = row["peer"].startswith("luasession")
@@ -204,13 +262,10 @@ def _system(result: dict[str, Any], theme: Theme) -> Figure:
     rate.set_yticks(places, [row["peer"] for row in rows])
     rate.invert_yaxis()
     rate.margins(x=0.16)
-    rate.set_title("Requests per second: right is better", loc="left")
-    late.set_title("Milliseconds: P50 dot, P90 diamond, P99 bar", loc="left")
     late.set_xlim(left=0)
     for axes in (rate, late):
         _finish(axes, theme, "x")
     late.tick_params(axis="y", length=0)
-    return figure
 
 
 _PICTURES: dict[str, Callable[[dict[str, Any], Theme], Figure]] = {
@@ -231,10 +286,22 @@ def _note(axes: Axes, text: str, at: tuple[float, float], shift: tuple[int, int]
     axes.annotate(text, at, shift, textcoords="offset points", ha="right", va="center", color=theme.ink)
 
 
-def _legend(figure: Figure, axes: Axes, theme: Theme) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    columns = 3 if len(labels) > 4 else len(labels)
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, handlelength=3.2)
+def _legend(figure: Figure, axes: Iterable[Axes], theme: Theme) -> None:
+    """Put what the marks mean above, each once."""
+    named = {
+        label: handle
+        for each in axes
+        for handle, label in zip(*each.get_legend_handles_labels(), strict=True)
+    }
+    columns = 3 if len(named) > 4 else len(named)
+    figure.legend(
+        named.values(),
+        named.keys(),
+        loc="outside upper center",
+        ncols=columns,
+        frameon=False,
+        handlelength=3.2,
+    )
 
 
 def draw(path: Path, kinds: Iterable[str] = ("svg",)) -> list[Path]:

@@ -10,7 +10,7 @@ import redis
 
 from luasession.ids import SessionId, new_session_id
 
-from .peers import CHECKED, COLD, COOKIE, FLOOR, LEAST, PEERS, RIVAL, Peer, family
+from .peers import CACHED, CHECKED, COLD, COOKIE, FLOOR, LEAST, PEERS, RIVAL, Peer, family
 from .samples import Row, summary
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ class Population:
         self._weights = list(accumulate(1 / (rank + 1) ** _SKEW for rank in range(count)))
         self._ranks = range(count)
         client = redis.Redis(unix_socket_path=socket, protocol=2)
-        ours, theirs, cookie = (Peer(name, socket, TEN).jar["session"] for name in (COLD, RIVAL, COOKIE))
+        jars = [Peer(name, socket, TEN).jar for name in (CACHED, RIVAL, COOKIE)]
+        ours, theirs, cookie = (jar["session"] for jar in jars)
+        # The copies are of one version: with a cache, their browsers were told which.
+        self._hints = {name: value for name, value in jars[0].items() if name != "session"}
         ids = [new_session_id(32) for _ in range(count)]
         #: Cookie values by family.
         self.cookies: dict[str, list[str]] = {
@@ -59,41 +62,59 @@ class Population:
         All sessions are alike, so peers that share a store are kept off each other's.
         """
         cookies = self.cookies[family(name)]
-        return {"session": cookies[(who + place * len(cookies) // 5) % len(cookies)]}
+        hints = self._hints if name != COLD and family(name) == family(COLD) else {}
+        return {"session": cookies[(who + place * len(cookies) // 5) % len(cookies)], **hints}
 
-    def clicks(self, seed: int) -> Callable[[], tuple[int, str]]:
-        """Return what gives, each time, whose click is next and on which path; the same for a seed."""
+    def clicks(self, seed: int, among: int | None = None) -> Callable[[], tuple[int, str]]:
+        """Return what gives, each time, whose click is next and on which path; the same for a seed.
+
+        :param among: how many sessions are asked for, the first ones; all of them if None.
+        """
         draw = Random(seed)
+        ranks, weights = self._ranks[:among], self._weights[:among]
 
         def click() -> tuple[int, str]:
-            [who] = draw.choices(self._ranks, cum_weights=self._weights)
+            [who] = draw.choices(ranks, cum_weights=weights)
             return who, "/change" if draw.random() < _WRITES else "/read"
 
         return click
 
 
-def measure(population: Population, socket: str, rounds: int, calls: int) -> list[Row]:
-    """Time the mix in this process."""
-    peers = {name: Peer(name, socket, TEN) for name in PEERS if name not in (CHECKED, *LEAST)}
-    for name, peer in peers.items():
+class Mix:
+    """The mix in this process, on a population whose browsers keep their cookies from one run to the next."""
+
+    def __init__(self, population: Population, socket: str, names: Iterable[str]) -> None:
+        self._population = population
+        self._socket = socket
+        self._jars: dict[str, dict[int, dict[str, str]]] = {name: {} for name in names}
+
+    def run(self, rounds: int, calls: int, among: int | None = None) -> list[Row]:
+        """Time the mix over the first sessions, or all, by apps that have seen none of them yet."""
+        peers = {name: self._peer(name) for name in self._jars}
+        series: dict[str, list[float]] = {name: [] for name in peers}
+        for number in range(rounds):
+            for place, (name, peer) in enumerate(peers.items()):
+                click = self._population.clicks(number, among)
+                for _ in range(calls):
+                    who, path = click()
+                    jar = self._jars[name].setdefault(who, self._population.jar(name, place, who))
+                    series[name].append(peer.call(path, jar))
+        return [{"workload": "mix", "peer": name, **summary(values)} for name, values in series.items()]
+
+    def _peer(self, name: str) -> Peer:
+        peer, population = Peer(name, self._socket, TEN), self._population
         if name != FLOOR:
             # The copies are as good as the session that they were made from.
             peer.call("/read", population.jar(name, 0, len(population.cookies[family(name)]) - 1))
             if peer.body != b"v":
                 raise RuntimeError(f"{name} does not know its sessions")
-    jars: dict[str, dict[int, dict[str, str]]] = {name: {} for name in peers}
-    series: dict[str, list[float]] = {name: [] for name in peers}
-    for number in range(rounds):
-        for place, (name, peer) in enumerate(peers.items()):
-            click = population.clicks(number)
-            for _ in range(calls):
-                who, path = click()
-                jar = jars[name].setdefault(who, population.jar(name, place, who))
-                series[name].append(peer.call(path, jar))
-    return [
-        {"shape": "10 fields", "workload": "mix", "peer": name, **summary(values)}
-        for name, values in series.items()
-    ]
+        return peer
+
+
+def measure(population: Population, socket: str, rounds: int, calls: int) -> list[Row]:
+    """Time the mix over all sessions, for all peers that are called in this process."""
+    names = [name for name in PEERS if name not in (CHECKED, *LEAST)]
+    return [{"shape": "10 fields", **row} for row in Mix(population, socket, names).run(rounds, calls)]
 
 
 def _copies_of_ours(client: redis.Redis, handle: str, ids: list[SessionId]) -> Iterable[bytes]:

