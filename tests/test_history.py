@@ -94,9 +94,9 @@ RIGHT = {
     "a change beside a log-out that began a session of its own, and a read of another process within the trust": (
         [
             record("logout", 2, 4),
-            record("add", 3, 5, "hits", commits=(("new", 1),)),
-            record("add", 3, 5, "list", commits=(("other", 1),)),
-            record("put", 3, 5, "k1", commits=(("third", 1),)),
+            record("add", 3, 4.5, "hits", commits=(("new", 1),)),
+            record("add", 3, 4.5, "list", commits=(("other", 1),)),
+            record("put", 3, 4.5, "k1", commits=(("third", 1),)),
             record("read", 5, 6, seen={"owner": "a:owner"}, version=1),
         ],
         {"new": (1, {"hits": 1}), "other": (1, {"list": ["a:list"]}), "third": (1, {"k1": "a:k1"})},
