@@ -83,9 +83,11 @@ class Browser:
     def step(self, pool: ThreadPoolExecutor) -> None:
         """Send the next request, or some at a time."""
         if not self.life:
-            self._begin()
+            self.begin()
         elif self._left <= 0:
             self._log_out(pool)
+        elif not self._limbo and self._random.random() < 0.02:
+            self.overtake(pool, self._random.randint(2, 6), self._random.choice(("", "1")))
         else:
             number = self._random.choice((1, 1, 1, 2, 3))
             wanted = [self._choose() for _ in range(number)]
@@ -105,7 +107,8 @@ class Browser:
         if self.life:
             eventually(lambda: self._send("read").status == 200, 30)
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Start a session."""
         self._lives += 1
         self.life = f"b{self._number}.{self._lives}"
         self._jar = WebBrowser(self._port, {})
@@ -116,6 +119,26 @@ class Browser:
             self._handle = record.commits[0][0]
         else:
             self.life = ""
+
+    def overtake(self, pool: ThreadPoolExecutor, rotations: int, reads: str) -> None:
+        """Send a write that takes its time, and replace its id again and again meanwhile.
+
+        :param reads: whether it reads first: if not, and its id is no longer known when it writes, it
+            begins a session of its own.
+        """
+        key = f"k{self._values}"
+        options = {"key": key, "value": self._value(key), "pause": 0.25, "reads": reads}
+        slow = pool.submit(self._send, "put", **options)
+        time.sleep(0.05)  # whether it was open before a rotation is exact to a call's transit
+        records = []
+        for _ in range(rotations):
+            key = f"k{self._values}"
+            records.append(self._send("rotate", key=key, value=self._value(key)))
+            if not records[-1].applied:
+                break
+        records.append(slow.result())
+        self._left -= len(records)
+        self._after(records)
 
     def _choose(self) -> tuple[str, dict[str, Any]]:
         """Return the next request: what it does, and with what."""
@@ -202,7 +225,8 @@ class Browser:
             sent = dict(self._jar.cookies) if cookies is None else dict(cookies)
         twin = WebBrowser(self._port, sent)
         value = options.get("value") if op != "logout" else None
-        record = Record(self.life, op, began, began, 0, options.get("key", ""), value)
+        blind = op in {"start", "put", "rotate", "late"} and not options.get("reads")
+        record = Record(self.life, op, began, began, 0, options.get("key", ""), value, blind=blind)
         query = urlencode({name: option for name, option in options.items() if option})
         try:
             status, body, headers = twin.answer(f"/{op}?{query}", PATIENCE)
@@ -215,6 +239,7 @@ class Browser:
                 status=status,
                 commits=tuple((handle, version) for handle, version in told.get("commits", ())),
                 discarded=told.get("discarded", ""),
+                calls=tuple(told.get("calls", ())),
                 text=body.decode(errors="replace")[-1500:] if status == 500 else "",
             )
             result = json.loads(body)["result"] if status == 200 else None
@@ -295,6 +320,7 @@ def run(plan: Plan, world: World | None = None) -> Outcome:
         # With fewer than there are, one that lacks a change may be the one promoted.
         waits=int(settings.get("SESSION_WAIT_REPLICAS", 0)) >= REPLICAS[world.name],
         trust=float(settings.get("SESSION_CACHE_TTL", 2.0)),
+        grace=float(settings.get("SESSION_ROTATION_GRACE", 60.0)),
     )
     app = "tests.chaos_app:create_app()"
     with (
@@ -305,7 +331,7 @@ def run(plan: Plan, world: World | None = None) -> Outcome:
         time.sleep(0.3)  # what a hung server still had to do
         with ThreadPoolExecutor(plan.threads) as pool:
             list(pool.map(Browser.finish, browsers))
-    history.stored = _stored(world)
+    history.stored = stored_in(world)
     return Outcome(plan, history, check(history))
 
 
@@ -334,7 +360,7 @@ def _load(plan: Plan, web: Web, history: History, world: World) -> list[Browser]
     return browsers
 
 
-def _stored(world: World) -> dict[str, tuple[int, dict[str, Any]]]:
+def stored_in(world: World) -> dict[str, tuple[int, dict[str, Any]]]:
     """Return all sessions as they are in Redis."""
     loads = make_serializer("json").loads
     stored = {}
@@ -384,9 +410,12 @@ def main() -> int:
             }
         outcome = run(plan)
         print(outcome, flush=True)
+        if outcome.report.limits:
+            print(f"of the limits that README names, met: {len(outcome.report.limits)}", flush=True)
         if arguments.verbose:
             lines = [f"{at:9.3f}  {words}" for at, words in outcome.history.events]
             lines += [f"lost: {loss}" for loss in outcome.report.lost[:20]]
+            lines += [f"limit: {limit}" for limit in outcome.report.limits]
             print(*lines, sep="\n", file=sys.stderr, flush=True)
         if outcome.report.violations:
             wrong = True

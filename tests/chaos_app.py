@@ -42,6 +42,7 @@ def create_app() -> Flask:
     """Make the app that the workers serve; its settings come as JSON in the environment."""
     if mutation := os.environ.get(MUTATION):
         _mutate(mutation)
+    _watch_calls()
     app = Flask(__name__)
     app.logger.disabled = True  # the answer has it
     app.config.update(json.loads(os.environ[SETTINGS]))
@@ -127,30 +128,80 @@ _VIEWS: dict[str, Callable[[str, str], Any]] = {
 }
 
 
+#: What is told of the request that a thread is at.
+_thread = local()
+
+
 class _Told:
-    """Sends what the signals said during a request along with its answer."""
+    """Sends what the signals said during a request along with its answer, and which calls it made."""
 
     def __init__(self, app: Callable[..., Iterable[bytes]]) -> None:
         self._app = app
-        self._thread = local()
         signals.session_created.connect(self._committed)
         signals.session_committed.connect(self._committed)
         signals.session_discarded.connect(self._discarded)
 
     def _committed(self, _app: Flask, handle: str, version: int, **_: Any) -> None:
-        self._thread.told["commits"].append((handle, version))
+        _thread.told["commits"].append((handle, version))
 
     def _discarded(self, _app: Flask, reason: str, **_: Any) -> None:
-        self._thread.told["discarded"] = reason
+        _thread.told["discarded"] = reason
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        told: dict[str, Any] = {"commits": [], "discarded": ""}
-        self._thread.told = told
+        told: dict[str, Any] = {"commits": [], "discarded": "", "calls": []}
+        _thread.told = told
 
         def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
             return start_response(status, [*headers, ("X-Told", json.dumps(told))], *more)
 
         return self._app(environ, start)
+
+
+def _watch_calls() -> None:
+    """Have each call that this process sends told with the answer of its request, each try by itself."""
+    exchange = luasession.connections.Connections.exchange
+
+    def watched(self: Any, connection: Any, words: Any, *more: Any) -> Any:
+        sent: list[bytes] = []
+        came: Any = None
+        began = time.monotonic()
+
+        def noted() -> Any:
+            sent.extend(words())
+            return sent
+
+        try:
+            came = exchange(self, connection, noted, *more)
+        except BaseException as error:
+            came = error
+            raise
+        else:
+            return came
+        finally:
+            if told := getattr(_thread, "told", None):
+                milliseconds = (time.monotonic() - began) * 1000
+                told["calls"].append(f"{_call(sent, came)} at {self} in {milliseconds:.0f} ms")
+
+    luasession.connections.Connections.exchange = watched  # type: ignore[method-assign]
+
+
+def _call(sent: list[bytes], came: Any) -> str:
+    """Return what was sent, with the start of the handle and of the digest, and what came back."""
+    name = sent[0].decode()
+    if name in {"EVAL", "EVALSHA"}:
+        scripts = map(luasession.scripts.script, ("load", "commit", "destroy", "index"))
+        name = next((each.name for each in scripts if sent[1] in {each.sha, each.text}), name)
+        # The call id stands before the digest; for how long one is open follows, packed or not.
+        name = f"{name} {sent[3][-22:-16].decode()} {sent[5][:3].hex()}"
+    elif name == "HGETALL":
+        name = f"HGETALL {sent[1][-22:-16].decode()}"
+    if isinstance(came, BaseException):
+        return f"{name}: {type(came).__name__} {str(came)[:60]}"
+    if name.startswith("HGETALL"):
+        fields = came if isinstance(came, dict) else dict(zip(came[::2], came[1::2], strict=True))
+        held = fields.get(b"@i", b"")[1:4].hex() or "nothing"
+        return f"{name}: {held}"
+    return f"{name}: {came[0].decode()}" if name[0].islower() else name
 
 
 def _mutate(name: str) -> None:

@@ -18,10 +18,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from textwrap import indent
 from typing import Any
 
 LISTS = ("list", "tally")
 SUMS = ("sum", "hits")
+#: Former digests that a session keeps, each for the grace time.
+FORMERS = 4
 
 # Requests of a life that a message shows, the last ones.
 _SHOWN = 12
@@ -31,12 +34,19 @@ class Kind(Enum):
     """What a history can be guilty of."""
 
     LOST = "an acknowledged change is not there"
+    DENIED = "a session that is there was taken for one that is not"
     DOUBLED = "a change was applied more than once"
     RETURNED = "what was dead or dropped is there"
     FOREIGN = "a session shows what is not its own"
     STALE = "a browser does not see what it wrote"
     VERSION = "versions do not grow"
     ERROR = "an answer that is no answer"
+    #: No violation, and told apart: README has it among the limits.
+    LIMIT = "a request began a session of its own, its id being one that is no longer known"
+
+
+# How a change shows that a failover has taken it, beside reads that miss it.
+_LOSSES = (Kind.LOST, Kind.RETURNED, Kind.VERSION)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +61,8 @@ class Record:
     :ivar commits: handles and versions, as the signals told them.
     :ivar seen: what a read showed of the session, None for other requests.
     :ivar version: of the session that a read or a drop saw, 0 for none.
+    :ivar calls: what was sent to Redis for it, to which server, and what came back; each try by itself.
+    :ivar blind: whether it wrote without having read.
     """
 
     life: str
@@ -65,6 +77,8 @@ class Record:
     seen: dict[str, Any] | None = None
     version: int = 0
     text: str = ""
+    calls: tuple[str, ...] = ()
+    blind: bool = False
 
     @property
     def changes(self) -> bool:
@@ -97,7 +111,8 @@ class Record:
         told += [f"discarded: {self.discarded}"] if self.discarded else []
         told += [f"saw version {self.version}: {self.seen}"] if self.seen is not None else []
         told += [self.text] if self.text else []
-        return f"{self.start:9.3f} to {self.end:9.3f}  {self.status:3}  {self.life} {what}  {'; '.join(told)}"
+        line = f"{self.start:9.3f} to {self.end:9.3f}  {self.status:3}  {self.life} {what}  {'; '.join(told)}"
+        return "\n".join([line, *(f"{'':22}{call}" for call in self.calls)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +127,8 @@ class Violation:
     count: int = 1
 
     def __str__(self) -> str:
-        lines = [f"{self.kind.name}: {self.message}", *(f"    {record}" for record in self.records[-_SHOWN:])]
-        return "\n".join(lines)
+        shown = "\n".join(map(str, self.records[-_SHOWN:]))
+        return "\n".join([f"{self.kind.name}: {self.message}", *([indent(shown, "    ")] if shown else [])])
 
 
 @dataclass
@@ -124,6 +139,7 @@ class History:
     :ivar failovers: from when to when a replica took over, in seconds.
     :ivar waits: whether acknowledged changes had been replicated.
     :ivar trust: seconds for which another process may show a session that has ended.
+    :ivar grace: seconds for which a session knows its former ids.
     """
 
     records: list[Record] = field(default_factory=list)
@@ -132,6 +148,7 @@ class History:
     events: list[tuple[float, str]] = field(default_factory=list)
     waits: bool = False
     trust: float = 2.0
+    grace: float = 60.0
 
     def may_lose(self, records: Iterable[Record]) -> bool:
         """Whether a failover excuses what is missing of a life."""
@@ -148,6 +165,8 @@ class Report:
     violations: list[Violation]
     #: Acknowledged changes that a failover without ``SESSION_WAIT_REPLICAS`` took back.
     lost: list[Violation]
+    #: What README says under "Limits", each with the requests that show that it is that.
+    limits: list[Violation]
     requests: int
     acknowledged: int
     unknown: int
@@ -165,16 +184,22 @@ def check(history: History) -> Report:
         lives.setdefault(record.life, []).append(record)
     violations: list[Violation] = []
     lost: list[Violation] = []
+    limits: list[Violation] = []
     for name, records in lives.items():
         # Once each, however many reads see it.
-        first = {
-            (each.kind, each.records[:1]): each for each in reversed([*_Life(name, records, history).check()])
-        }
+        life = _Life(name, records, history)
+        first = {(each.kind, each.records[:1]): each for each in reversed([*life.check()])}
         found = list(reversed(first.values()))
-        excused = history.may_lose(records)
+        excused: set[Kind] = set()
+        if history.may_lose(records):
+            excused = {*_LOSSES, Kind.STALE}
+            # Who was denied a session that has lost nothing was not denied it by a failover.
+            if life.is_gone or any(violation.kind in _LOSSES for violation in found):
+                excused.add(Kind.DENIED)
         for violation in found:
-            is_loss = violation.kind in {Kind.LOST, Kind.RETURNED, Kind.STALE, Kind.VERSION}
-            if not (excused and is_loss):
+            if violation.kind is Kind.LIMIT:
+                limits.append(violation)
+            elif violation.kind not in excused:
                 violations.append(violation)
             elif violation.kind is Kind.LOST:
                 lost.append(violation)
@@ -182,6 +207,7 @@ def check(history: History) -> Report:
     return Report(
         violations,
         lost,
+        limits,
         len(history.records),
         sum(record.applied for record in history.records),
         sum(record.unknown for record in history.records),
@@ -204,6 +230,23 @@ class _Life:
         for record in self.changes:
             self.by_key.setdefault(record.key, []).append(record)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether there is no such session at the end."""
+        return self.handle not in self.history.stored
+
+    def is_in(self, record: Record) -> bool:
+        """Whether a change was acknowledged, to this session and to no other."""
+        return record.applied and not self.is_elsewhere(record)
+
+    def is_out(self, record: Record) -> bool:
+        """Whether a change has no business in this session: it was dropped, or began another one."""
+        return record.refused or self.is_elsewhere(record)
+
+    def is_elsewhere(self, record: Record) -> bool:
+        """Whether a change began a session of its own; whether it may is looked at by itself."""
+        return bool(record.commits) and self.handle not in dict(record.commits)
+
     def fault(self, kind: Kind, message: str, *records: Record, count: int = 1) -> Violation:
         return Violation(kind, self.name, f"{self.name}: {message}", tuple(records), count)
 
@@ -224,13 +267,8 @@ class _Life:
 
     def _check_nothing(self, record: Record) -> Iterator[Violation]:
         # Under an id that was replaced meanwhile, or may have been, one sees nothing.
-        for other in self.records:
-            if other.start < record.end and (
-                (other.op == "logout" and not other.refused)
-                or (other.op == "rotate" and (other.unknown or other.end > record.start))
-            ):
-                return
-        yield self.fault(Kind.LOST, "the session is not there", *self.changes[:1], record)
+        if not self._has_moved(record):
+            yield self.fault(Kind.DENIED, "the session is not there", *self.changes[:1], record)
 
     def _check_read(self, read: Record) -> Iterator[Violation]:
         assert read.seen is not None
@@ -251,7 +289,7 @@ class _Life:
         out = [out for out in self.logouts if out.status == 200]
         if held is None:
             if not self.logouts:
-                done = [record for record in self.changes if record.applied]
+                done = [record for record in self.changes if self.is_in(record)]
                 yield self.fault(Kind.LOST, "the session is gone at the end", *done, count=len(done))
             return
         if out:
@@ -259,11 +297,11 @@ class _Life:
             return
         version, content = held
         yield from self._check_content(content, math.inf, math.inf, None)
-        applied = sum(len(record.commits) for record in self.changes)
+        applied = sum(handle == self.handle for record in self.changes for handle, _ in record.commits)
         most = applied + sum(record.unknown for record in self.changes)
         if version > most:
             message = f"version {version} after {most} commits at most"
-            yield self.fault(Kind.DOUBLED, message, *(r for r in self.changes if r.unknown or r.applied))
+            yield self.fault(Kind.DOUBLED, message, *(r for r in self.changes if r.unknown or self.is_in(r)))
         elif version < applied:
             yield self.fault(Kind.VERSION, f"version {version} after {applied} commits")
 
@@ -296,9 +334,9 @@ class _Life:
             number = counts.pop(record.value, 0)
             if number > 1:
                 yield self.fault(Kind.DOUBLED, f"{record.value!r} is in {key} {number} times", record, *shown)
-            elif number and record.refused:
+            elif number and self.is_out(record):
                 yield self.fault(Kind.RETURNED, f"{record.value!r} was dropped", record, *shown)
-            elif not number and record.applied and record.end < start:
+            elif not number and self.is_in(record) and record.end < start:
                 yield self.missing(record, shown)
         for value in counts:
             yield self.fault(Kind.FOREIGN, f"nobody put {value!r} into {key}", *shown)
@@ -306,8 +344,8 @@ class _Life:
     def _check_sum(
         self, key: str, value: int, known: list[Record], start: float, shown: tuple[Record, ...]
     ) -> Iterator[Violation]:
-        least = sum(record.applied and record.end < start for record in known)
-        most = sum(not record.refused for record in known)
+        least = sum(self.is_in(record) and record.end < start for record in known)
+        most = sum(not self.is_out(record) for record in known)
         if value < least:
             kind = Kind.STALE if shown else Kind.LOST
             message = f"{key} is {value} after {least} increments"
@@ -319,18 +357,20 @@ class _Life:
         self, key: str, value: Any, known: list[Record], start: float, shown: tuple[Record, ...]
     ) -> Iterator[Violation]:
         last = max(
-            (record for record in known if record.applied and record.end < start),
+            (record for record in known if self.is_in(record) and record.end < start),
             key=lambda record: record.start,
             default=None,
         )
         # What was not answered may be applied at any later time, by a server that hung.
-        allowed = [record for record in known if record.unknown or (record.applied and record.end >= start)]
+        allowed = [
+            record for record in known if record.unknown or (self.is_in(record) and record.end >= start)
+        ]
         if value in {None if last is None else last.value, *(record.value for record in allowed)}:
             return
         writer = next((record for record in self.by_key[key] if record.value == value), None)
         if value is not None and writer is None:
             yield self.fault(Kind.FOREIGN, f"nobody wrote {key} = {value!r}", *shown)
-        elif writer is not None and writer.refused:
+        elif writer is not None and self.is_out(writer):
             yield self.fault(Kind.RETURNED, f"{key} = {value!r} was dropped", writer, *shown)
         elif last is None and writer is not None:
             yield self.fault(Kind.FOREIGN, f"{key} = {value!r} before it was written", writer, *shown)
@@ -352,25 +392,53 @@ class _Life:
                 yield self.fault(Kind.RETURNED, "a write into the ended session", *self.logouts, record)
         for record in self.changes:
             if record.discarded and not self._has_moved(record):
-                yield self.fault(Kind.LOST, "dropped, and nothing had ended", record)
+                yield self.fault(Kind.DENIED, "dropped, and nothing had ended", record)
             if record.applied and not record.commits and record.op != "drop":
                 yield self.fault(Kind.LOST, "answered, neither applied nor dropped", record)
-            if any(handle != self.handle for handle, _ in record.commits) and not self._has_ended(record):
-                yield self.fault(Kind.LOST, "a new session was begun under a live id", record)
+            if any(handle != self.handle for handle, _ in record.commits):
+                yield from self._check_beginning(record)
         yield from self._check_versions()
 
     def _has_moved(self, record: Record) -> bool:
         """Whether the id of a request may have been replaced, or its session ended."""
-        return any(
-            other.op in {"rotate", "logout"} and other.start < record.end
-            for other in self.records
-            if other is not record
-        )
+        return bool(self._rotations_over(record)) or self._has_ended(record)
 
     def _has_ended(self, record: Record) -> bool:
-        """Whether a request may start a session of its own: after the end, or if it rotates twice."""
-        lost = [other for other in self.changes if other.op == "rotate" and not other.applied]
-        return any(other.start < record.end for other in (*self.logouts, *lost) if other is not record)
+        """Whether the session may have ended before a request did."""
+        return any(out.start < record.end for out in self.logouts)
+
+    def _rotations_over(self, record: Record) -> list[Record]:
+        """Return the rotations that may have replaced the id that a request carried.
+
+        What had been answered before it began had put a newer id into the jar; what was not answered never
+        does, and may be applied at any later time.
+        """
+        return [
+            other
+            for other in self.changes
+            if other.op == "rotate"
+            and other is not record
+            and other.start < record.end
+            and (other.unknown or (self.is_in(other) and other.end > record.start))
+        ]
+
+    def _check_beginning(self, record: Record) -> Iterator[Violation]:
+        """Check a change that began a session of its own."""
+        over = self._rotations_over(record)
+        if self._has_ended(record) or (record.op == "rotate" and over):
+            return
+        old = any(record.end > other.start + self.history.grace for other in over)
+        if self._knew_nothing(record) and (old or len(over) > FORMERS):
+            why = f"after {len(over)} rotations" if len(over) > FORMERS else "after the grace of a rotation"
+            yield self.fault(Kind.LIMIT, f"{record.key} began a session of its own {why}", *over, record)
+        else:
+            message = f"a new session was begun under a live id, {len(over)} rotations later"
+            yield self.fault(Kind.DENIED, message, *over, record)
+
+    def _knew_nothing(self, record: Record) -> bool:
+        """Whether a request had not been shown the session: who has seen it can tell that it is there."""
+        read = [call.rpartition(" at ")[0] for call in record.calls if call.startswith("load ")]
+        return record.blind or any(call.endswith(": missing") for call in read)
 
     def _check_versions(self) -> Iterator[Violation]:
         made: dict[int, Record] = {}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
 import pytest
 
-from .chaos import Outcome, Plan, run
+from .chaos import PREFIX, Browser, Outcome, Plan, run, stored_in
 from .conftest import require
-from .faults import FAULTS
-from .history import Kind
+from .faults import FAULTS, world_of
+from .history import History, Kind, check
+from .web import serving
 
 
 def short(fault: str, topology: str = "standalone", mutation: str = "", **settings: object) -> Outcome:
@@ -54,16 +58,61 @@ def test_a_kill_behind_sentinels() -> None:
 def test_without_the_write_id_the_run_finds_doubled_changes() -> None:
     """The run proves itself: with the look into the ring of write ids taken out, changes are found twice."""
     outcome = short("drops", mutation="write id")
-    assert outcome.report.of(Kind.DOUBLED), outcome
+    found = outcome.report.of(Kind.DOUBLED)
+    assert found, outcome
+    # Its history shows how: one of the requests sent a commit, got no reply, and sent it again.
+    pairs = [pair for violation in found for record in violation.records for pair in pairwise(record.calls)]
+    assert any(
+        first.startswith("commit ")
+        and ": ConnectionError" in first
+        and second.partition(":")[0] == first.partition(":")[0]
+        for first, second in pairs
+    ), outcome.story()
 
 
 def test_without_proof_of_replies_the_run_finds_foreign_values() -> None:
     """With replies taken for answers unproven, sessions show what is not their own, or versions that are not."""
     outcome = short("crossed", mutation="replies")
-    assert {Kind.FOREIGN, Kind.VERSION} & {each.kind for each in outcome.report.violations}, outcome
+    kinds = (Kind.FOREIGN, Kind.VERSION)
+    found = [violation for violation in outcome.report.violations if violation.kind in kinds]
+    assert found, outcome
+    # Its history shows it: what another browser's session holds, or a number that another commit was given too.
+    assert any(
+        (violation.kind is Kind.FOREIGN and record.seen) or len(violation.records) == 2
+        for violation in found
+        for record in violation.records
+    ), outcome.story()
 
 
 def test_without_the_guard_of_existence_the_run_finds_what_came_back() -> None:
     """With tombstones overlooked and commits to missing sessions let through, what ended comes back."""
     outcome = short("scripts", mutation="existence")
-    assert outcome.report.of(Kind.RETURNED), outcome
+    found = outcome.report.of(Kind.RETURNED)
+    assert found, outcome
+    # Its history shows it: a log-out that was answered, and a commit to the same session after it.
+    stories = [[record.op for record in violation.records] for violation in found]
+    assert any(story[-2:] == ["logout", "late"] for story in stories), outcome.story()
+
+
+@pytest.mark.parametrize(("rotations", "reads", "limits"), [(4, "", 0), (5, "", 1), (5, "1", 0)])
+def test_an_id_that_is_replaced_again_and_again_while_it_is_used(
+    rotations: int, reads: str, limits: int
+) -> None:
+    """A write over five rotations that has read nothing begins a session: the limit, told apart as that."""
+    require("valkey-9.1")
+    history = History()
+    app = "tests.chaos_app:create_app()"
+    with (
+        world_of("standalone", "valkey-9.1", 0) as world,
+        serving(None, app=app, workers=1, SESSION_REDIS_URL=world.url, SESSION_KEY_PREFIX=PREFIX) as web,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        browser = Browser(0, Plan(), web.port, history)
+        browser.begin()
+        browser.overtake(pool, rotations, reads)
+        history.stored = stored_in(world)
+    report = check(history)
+    assert report.violations == []
+    assert (len(history.records), len(report.limits)) == (2 + rotations, limits)
+    write = next(record for record in history.records if record.op == "put")
+    assert bool(write.commits) is (rotations < 5 or not reads)

@@ -37,6 +37,23 @@ def verdict(*records: Record, stored: dict[str, Any] | None = None, **more: Any)
     return kinds(History([START, *records], stored or {}, **more))
 
 
+def rotations(number: int) -> list[Record]:
+    """Rotations one after another, from 2 on and each a second after the one before."""
+    return [record("rotate", 2 + n, 2.5 + n, f"k{n}", version=2 + n) for n in range(number)]
+
+
+def rotated(number: int) -> dict[str, Any]:
+    return {f"k{n}": f"a:k{n}" for n in range(number)}
+
+
+# A write that was open over rotations, and what it was answered if it read only then.
+OVERTAKEN = record("put", 1.5, 9, "k9", commits=(("new", 1),), blind=True)
+MISSED = (
+    "HGETALL HHHHHH: 0a0b0c at 127.0.0.1:1 in 1 ms",
+    "load HHHHHH 0d0e0f: missing at 127.0.0.1:1 in 1 ms",
+)
+
+
 RIGHT = {
     "a set": ([record("put", 2, 3, "k1", version=2)], held(2, k1="a:k1")),
     "a set that was not answered, applied": ([record("put", 2, 3, "k1", status=503)], held(2, k1="a:k1")),
@@ -74,6 +91,20 @@ RIGHT = {
         [record("logout", 2, 3), record("late", 4, 5, "k2", commits=(("new", 1),)), record("read", 6, 7, seen={})],
         {"new": (1, {"k2": "a:k2"})},
     ),
+    "a change beside a log-out that began a session of its own, and a read of another process within the trust": (
+        [
+            record("logout", 2, 4),
+            record("add", 3, 4.5, "hits", commits=(("new", 1),)),
+            record("add", 3, 4.5, "list", commits=(("other", 1),)),
+            record("put", 3, 4.5, "k1", commits=(("third", 1),)),
+            record("read", 5, 6, seen={"owner": "a:owner"}, version=1),
+        ],
+        {"new": (1, {"hits": 1}), "other": (1, {"list": ["a:list"]}), "third": (1, {"k1": "a:k1"})},
+    ),
+    "a second rotation that began a session of its own": (
+        [record("rotate", 2, 5, "k1", version=2), record("rotate", 3, 6, "k2", commits=(("new", 1),))],
+        {**held(2, k1="a:k1"), "new": (1, {"k2": "a:k2"})},
+    ),
     "a read of another process within the trust": (
         [record("logout", 2, 3), record("read", 4, 5, seen={"owner": "a:owner"}, version=1)],
         {},
@@ -90,12 +121,53 @@ WRONG: dict[str, tuple[Kind, list[Record], dict[str, Any]]] = {
     "an increment that is gone": (Kind.LOST, [record("add", 2, 3, "hits", version=2)], held(2)),
     "a session that is gone": (Kind.LOST, [record("put", 2, 3, "k1", version=2)], {}),
     "an answer that nothing came of": (Kind.LOST, [record("put", 2, 3, "k1")], held(1, k1="a:k1")),
-    "dropped for no reason": (Kind.LOST, [record("put", 2, 3, "k1", discarded="gone")], held(1)),
-    "a live session that shows nothing": (Kind.LOST, [record("read", 2, 3, seen={})], held(1)),
+    "dropped for no reason": (Kind.DENIED, [record("put", 2, 3, "k1", discarded="gone")], held(1)),
+    "a live session that shows nothing": (Kind.DENIED, [record("read", 2, 3, seen={})], held(1)),
     "a new session under a live id": (
-        Kind.LOST,
+        Kind.DENIED,
         [record("put", 2, 3, "k1", commits=(("new", 1),))],
-        {**held(1, k1="a:k1"), "new": (1, {"k1": "a:k1"})},
+        {**held(1), "new": (1, {"k1": "a:k1"})},
+    ),
+    "a new session, and the change in the live one as well": (
+        Kind.RETURNED,
+        [record("logout", 2, 5), record("add", 3, 4, "list", commits=(("new", 1),)),
+         record("read", 6, 7, seen={"owner": "a:owner", "list": ["a:list"]}, version=2)],
+        {"new": (1, {"list": ["a:list"]})},
+    ),
+    "a new session after four rotations": (
+        Kind.DENIED,
+        [*rotations(4), OVERTAKEN],
+        {**held(5, **rotated(4)), "new": (1, {"k9": "a:k9"})},
+    ),
+    "a new session after five rotations, by who had read the one that there is": (
+        Kind.DENIED,
+        [*rotations(5), record("put", 1.5, 9, "k9", commits=(("new", 1),))],
+        {**held(6, **rotated(5)), "new": (1, {"k9": "a:k9"})},
+    ),
+    "a new session after rotations that had been answered": (
+        Kind.DENIED,
+        [*rotations(5), record("put", 8, 9, "k9", commits=(("new", 1),), blind=True)],
+        {**held(6, **rotated(5)), "new": (1, {"k9": "a:k9"})},
+    ),
+    "a new session after a rotation whose answer was lost, within its grace": (
+        Kind.DENIED,
+        [record("rotate", 2, 3, "k1", status=503), record("put", 61, 62, "k9", commits=(("new", 1),), blind=True)],
+        {**held(2, k1="a:k1"), "new": (1, {"k9": "a:k9"})},
+    ),
+    "a new session after a rotation that was dropped": (
+        Kind.DENIED,
+        [record("rotate", 2, 3, "k1", discarded="gone"), record("put", 4, 5, "k9", commits=(("new", 1),), blind=True)],
+        {**held(1), "new": (1, {"k9": "a:k9"})},
+    ),
+    "dropped long after the rotation": (
+        Kind.DENIED,
+        [*rotations(1), record("put", 4, 5, "k2", discarded="stale")],
+        held(2, **rotated(1)),
+    ),
+    "nothing to see long after the rotation": (
+        Kind.DENIED,
+        [*rotations(1), record("read", 4, 5, seen={})],
+        held(2, **rotated(1)),
     ),
     "an item twice": (
         Kind.DOUBLED,
@@ -190,7 +262,49 @@ def test_a_wrong_history_is_found(name: str) -> None:
 
 def test_each_kind_is_among_the_wrong_ones() -> None:
     """No kind of violation is without a history that shows it."""
-    assert {kind for kind, *_ in WRONG.values()} == set(Kind)
+    assert {kind for kind, *_ in WRONG.values()} == set(Kind) - {Kind.LIMIT}
+
+
+@pytest.mark.parametrize(
+    ("before", "write", "version", "words"),
+    [
+        (rotations(5), OVERTAKEN, 6, "after 5 rotations"),
+        (
+            rotations(6),
+            record("drop", 1.5, 9, "k9", commits=(("new", 1),), calls=MISSED),
+            7,
+            "after 6 rotations",
+        ),
+        (
+            [record("rotate", 2, 3, "k0", status=503)],
+            record("put", 62.5, 63, "k9", commits=(("new", 1),), blind=True),
+            2,
+            "after the grace of a rotation",
+        ),
+    ],
+)
+def test_an_id_that_is_no_longer_known_is_a_limit(
+    before: list[Record], write: Record, version: int, words: str
+) -> None:
+    """A session that begins under an id replaced too often or too long ago is told apart, with its evidence."""
+    kept = rotated(version - 1)
+    report = check(History([START, *before, write], {**held(version, **kept), "new": (1, {"k9": "a:k9"})}))
+    assert report.violations == []
+    (limit,) = report.limits
+    assert limit.message == f"a: k9 began a session of its own {words}"
+    assert limit.records == (*before, write)
+
+
+def test_a_limit_excuses_nothing_else() -> None:
+    """What such a request wrote is neither in the session that it was sent to, nor does it bring back any of it."""
+    kept = rotated(5)
+    began = {"new": (1, {"k9": "a:k9"})}
+    assert verdict(*rotations(5), OVERTAKEN, stored={**held(6, **kept, k9="a:k9"), **began}) == [
+        Kind.RETURNED
+    ]
+    began = {"new": (1, {"k9": "a:k9", "owner": "a:owner"})}
+    assert verdict(*rotations(5), OVERTAKEN, stored={**held(6, **kept), **began}) == [Kind.RETURNED]
+    assert verdict(*rotations(5), OVERTAKEN, stored=began) == [Kind.LOST, Kind.RETURNED]
 
 
 def test_a_failover_may_lose_what_was_not_waited_for() -> None:
@@ -213,6 +327,20 @@ def test_a_failover_excuses_nothing_else() -> None:
     assert verdict(stored=held(1, owner="b:owner"), failovers=failovers) == [Kind.FOREIGN]
 
 
+def test_a_failover_excuses_no_new_session_beside_one_that_lost_nothing() -> None:
+    """A new session under a live id is excused by what a failover took, and by a failover alone it is not."""
+    wrote = record("put", 3, 4, "k1", commits=(("new", 1),))
+    began = {"new": (1, {"k1": "a:k1"})}
+    failovers = [(1.5, 5.0)]
+    assert verdict(wrote, stored={**held(1), **began}, failovers=failovers) == [Kind.DENIED]
+    assert verdict(wrote, stored=began, failovers=failovers) == []
+    rotate = record("rotate", 1.6, 2, "k0", version=2)
+    assert verdict(rotate, wrote, stored={**held(1), **began}, failovers=failovers) == []
+    assert verdict(rotate, wrote, stored={**held(2, k0="a:k0"), **began}, failovers=failovers) == [
+        Kind.DENIED
+    ]
+
+
 def test_a_report_counts() -> None:
     """Requests, acknowledged changes, unknown ones and the longest wait are counted."""
     put = record("put", 2, 4.5, "k1", version=2)
@@ -223,10 +351,13 @@ def test_a_report_counts() -> None:
 
 
 def test_a_violation_reads_as_a_history() -> None:
-    """Its text has the requests that show it, in order, each with its times and what it was told."""
-    history = History([START, record("put", 2, 3, "k1", version=2)], held(2))
+    """Its text has the requests that show it, in order, each with its times, what it was told and its calls."""
+    calls = ("commit HHHHHH 0a0b0c: ConnectionError gone in 7 ms", "commit HHHHHH 0a0b0c: applied in 1 ms")
+    history = History([START, record("put", 2, 3, "k1", version=2, calls=calls)], held(2))
     (violation,) = check(history).violations
     assert str(violation).splitlines() == [
         "LOST: a: k1 = 'a:k1' is missing",
         "        2.000 to     3.000  200  a put k1 = 'a:k1'  version 2 of HHHHHH",
+        "                          commit HHHHHH 0a0b0c: ConnectionError gone in 7 ms",
+        "                          commit HHHHHH 0a0b0c: applied in 1 ms",
     ]
