@@ -152,7 +152,7 @@ local is_current = digest == current_digest
 -- Equality of SHA-256 values tells nothing about secrets by its time.
 local promoted = pending and digest == pending:sub(1, 32)
 if digest ~= '' and not is_current and not promoted then
-  local code, before = 'missing', 0
+  local code, before, oldest = 'missing', 0, 0
   for at = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
     local former, moment, grace_end, may = struct.unpack(FORMER, formers, at)
     if former == digest and now < grace_end then
@@ -163,7 +163,11 @@ if digest ~= '' and not is_current and not promoted then
       end
       break
     end
+    oldest = moment
   end
+  -- Of former digests four are kept, for a while. Who was open before the oldest rotation that is still known
+  -- may come with one from before it, and is not told that there is no session: he would begin one (G8).
+  if code == 'missing' and opened < oldest then code, before = 'stale', 1 end
   if code == 'stale' then return answer(code, before) end
   if code == 'missing' then return answer(code) end
 end

@@ -87,7 +87,7 @@ if pending and digest == pending:sub(1, 32) then
     identity, formers, pending = new_identity, kept, false
   end
 elseif digest ~= '' and not is_current then
-  local code, before = 'missing', 0
+  local code, before, oldest = 'missing', 0, 0
   for at = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
     local former, moment, grace_end, may = struct.unpack(FORMER, formers, at)
     if former == digest and now < grace_end then
@@ -95,7 +95,10 @@ elseif digest ~= '' and not is_current then
       is_former = (may == ALL or before == 1 and may == COMMIT) and 1 or 0
       break
     end
+    oldest = moment
   end
+  -- Of former digests four are kept, for a while: it may be one from before them, see commit.lua.
+  if code == 'missing' and opened < oldest then code, before = 'stale', 1 end
   if code == 'missing' then return answer(code) end
   if is_former == 0 then return answer(code, before) end
 end

@@ -16,9 +16,11 @@ from .client import Client, Patience, connect
 from .clock import now_ns
 from .config import Config
 from .connections import Connections
-from .scripts import script
+from .scripts import Code, script
 from .stats import Stats
 
+# Nanoseconds after which "there is no such session" is not believed of a server that may have been replaced.
+_SLOW = 50_000_000
 # Microseconds that the scripts can be told.
 _LONGEST = (1 << 56) - 1
 
@@ -125,9 +127,13 @@ class Calls:
         def accept(reply: Any) -> bool:
             return isinstance(reply, list) and len(reply) >= 3 and bool(reply[1] == call_id)
 
-        sent, reply, server = self.client.call(
-            words, accept, caller.patience, self._wait if writes else None, key
-        )
+        wait = self._wait if writes else None
+        sent, reply, server = self.client.call(words, accept, caller.patience, wait, key)
+        if reply[0] == Code.MISSING and now_ns() - sent > _SLOW and self.client.doubt(server):
+            # A primary that hung and was replaced meanwhile answers, when it goes on, what was sent to it
+            # before it hears of that. It knows no secret and no session that its successor has made, and
+            # whoever believed it would begin a new session, and take the browser out of its own.
+            sent, reply, server = self.client.call(words, accept, caller.patience, wait, key)
         _set_clock(server, int.from_bytes(reply[2]), sent)
         return sent, reply
 

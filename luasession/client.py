@@ -134,6 +134,10 @@ class Client:
             else:
                 return sent, reply, server
 
+    def doubt(self, server: Connections) -> bool:
+        """Look again which server has what, and tell whether it may be another one by now."""
+        return self._connections.doubt(server)
+
     def known(self, key: bytes) -> Connections | None:
         """Return the server that a key lives on, if that needs no asking."""
         return self._connections.known(key)

@@ -109,6 +109,10 @@ class Connections:
             # Behind one name there may be another server by now.
             self.drop()
 
+    def doubt(self, _server: Connections) -> bool:
+        """Know of no other server."""
+        return False
+
     # -- one connection -------------------------------------------------------
 
     def take(self) -> Any:

@@ -44,6 +44,9 @@ class Servers(Protocol):
     def heard(self, error: Exception, server: Connections, key: bytes, /) -> Connections | None:
         """Take in what a call ended in, and return where it has to go instead, if the server said so."""
 
+    def doubt(self, server: Connections, /) -> bool:
+        """Look again which server has what, and tell whether it may be another one by now."""
+
 
 class Sentinels:
     """The primary of one service, as sentinels name it.
@@ -105,6 +108,11 @@ class Sentinels:
             server.drop()
         if is_passing(error):
             self._sure = False
+
+    def doubt(self, _server: Connections) -> bool:
+        """Ask the sentinels before the next call."""
+        self._sure = False
+        return True
 
     def _find(self) -> Connections:
         heard: list[str] = []
@@ -212,6 +220,11 @@ class Cluster:
         if is_passing(error):
             self._ask(last=server)
         return None
+
+    def doubt(self, server: Connections) -> bool:
+        """Ask the others for the map."""
+        self._ask(last=server)
+        return True
 
     def _ask(self, *, first: Connections | None = None, last: Connections | None = None) -> Nowhere | None:
         """Ask node after node for the map of slots; the newest answer counts.

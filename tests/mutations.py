@@ -254,6 +254,20 @@ MUTATIONS = (
         _valkey("test_g7_dead_stays_dead.py::test_a_read_after_the_end_starts_nothing"),
     ),
     Mutation(
+        "a digest from before the former ones",
+        "commit",
+        "if code == 'missing' and opened < oldest then code, before = 'stale', 1 end",
+        "",
+        ("test_g8_grace.py::test_more_rotations_than_a_session_remembers[valkey-9.1-write-5]",),
+    ),
+    Mutation(
+        "a digest from before the former ones, met by a load",
+        "load",
+        "if code == 'missing' and opened < oldest then code, before = 'stale', 1 end",
+        "",
+        ("test_g8_grace.py::test_more_rotations_than_a_session_remembers[valkey-9.1-late_look-5]",),
+    ),
+    Mutation(
         "former digest met by a load",
         "load",
         "if is_former == 0 then return answer(code, before) end",

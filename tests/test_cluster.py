@@ -49,6 +49,42 @@ def key_of(app: TestApp, browser: Browser) -> bytes:
     return (app.prefix + browser.cookies["session"].partition(".")[0]).encode()
 
 
+# A primary that hangs.
+
+
+def slot_port(observer: Server, slot: int) -> int:
+    with observer.client() as client:
+        client.response_callbacks.clear()
+        ranges = client.execute_command("CLUSTER SLOTS")
+    return next((int(primary[1]) for first, last, primary, *_ in ranges if first <= slot <= last), 0)
+
+
+def test_a_primary_that_was_replaced_while_it_hung(any_cluster: ClusterTopology) -> None:
+    """What it answers when it goes on, knowing no newer secret, takes no browser out of its session."""
+    app = app_on(any_cluster, SESSION_CACHE_TTL=None)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    other = browser.twin(app.another())
+    key = key_of(app, browser)
+    hung = any_cluster.owner(key)
+    hung.pause()
+    try:
+        observer = next(each for each in any_cluster.servers if each is not hung)
+        assert eventually(lambda: slot_port(observer, key_slot(key)) != hung.port, 30)
+        other.run(lambda: session.regenerate())
+        late = other.twin(app)  # whose process has heard nothing of it
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(late.run, lambda: session.update(b=2))
+            time.sleep(0.3)
+            hung.resume()
+            answer.result(30)
+    finally:
+        hung.resume()
+        any_cluster.settle()
+    assert "session" not in late.set_cookies
+    assert other.run(see) == {"a": 1, "b": 2}
+
+
 # URLs.
 
 

@@ -29,6 +29,11 @@ def read() -> None:
     assert dict(session) == {}
 
 
+def late_look() -> None:
+    assert "a" not in session
+    session["late"] = 1
+
+
 def destroy() -> None:
     session.destroy()
 
@@ -39,6 +44,7 @@ def destroy() -> None:
         pytest.param(see, write, id="write"),
         pytest.param(nothing, read, id="read"),
         pytest.param(nothing, destroy, id="destroy"),
+        pytest.param(nothing, write, id="blind write"),
     ],
 )
 def test_after_the_grace_a_former_secret_is_none(
@@ -61,6 +67,29 @@ def test_after_the_grace_a_former_secret_is_none(
     assert browser.set_cookies == {}
     assert app.keys() == [(app.prefix + handle).encode()]
     assert other.run(lambda: dict(session)) == {"a": 1}
+
+
+@pytest.mark.parametrize("rotations", [5, 6])
+@pytest.mark.parametrize("late", [read, write, late_look, destroy])
+def test_more_rotations_than_a_session_remembers(
+    make_app: MakeApp, rotations: int, late: Callable[[], None]
+) -> None:
+    """A request that was open before all of them logs nobody out: it begins no session, and sets no cookie."""
+    app = make_app(SESSION_CACHE_TTL=None)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    other = browser.twin()
+
+    def view() -> None:
+        time.sleep(0.05)  # ages are exact to a call's transit; this is well over it
+        for _ in range(rotations):
+            other.run(lambda: session.regenerate())
+        late()
+
+    browser.run(view)
+    assert browser.set_cookies == {}
+    assert other.run(lambda: dict(session)) == {"a": 1}
+    assert len(app.keys()) == 1
 
 
 def test_within_the_grace_an_open_request_goes_on(make_app: MakeApp) -> None:

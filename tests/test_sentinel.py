@@ -37,6 +37,34 @@ def app_on(topology: SentinelTopology, **config: Any) -> TestApp:
     )
 
 
+def test_a_primary_that_was_replaced_while_it_hung(
+    sentinels: Topologies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it answers when it goes on, knowing no newer secret, takes no browser out of its session."""
+    monkeypatch.setattr(luasession.servers, "_TRUST", 60.0)  # so that nobody asks the sentinels meanwhile
+    topology = sentinels("valkey-9.1")
+    app = app_on(topology, SESSION_CACHE_TTL=None)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    other = browser.twin(app.another())
+    hung = topology.primary
+    with ThreadPoolExecutor(1) as pool:
+        hung.pause()
+        try:
+            assert eventually(lambda: topology.primary is not hung, 30)
+            other.run(lambda: session.regenerate())
+            late = other.twin(app)
+            answer = pool.submit(late.run, lambda: session.update(b=2))
+            time.sleep(0.3)
+            hung.resume()
+            answer.result(30)
+        finally:
+            hung.kill()
+            topology.bring_back(hung)
+    assert "session" not in late.set_cookies
+    assert other.run(lambda: dict(session)) == {"a": 1, "b": 2}
+
+
 def see() -> dict[str, Any]:
     return dict(session)
 
