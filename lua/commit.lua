@@ -438,8 +438,8 @@ local quiet = now_us - committed >= RECENT and after <= 2048
 local lagging = base_version and not create and version - 1 - base_version > FEW
 local limit = quiet and QUIET or (lagging or #journal > BUSY) and CROWDED or BUSY
 
--- The ring lets go of what is no longer recent: what was there at the mark, once that is long enough ago.
--- Only where there is no more room some go earlier, and then only the last commit bounds when they came.
+-- The ring lets go of what is no longer recent: what was there at the mark, once that is long enough ago, or
+-- there is no more room. When those came the mark bounds, so that it is the floor of what is left.
 if create then ring = struct.pack(RING, 0, now_us, 0) end
 if #ring + 8 > (quiet and QUIET or RING_BUSY) then
   local floor, mark, before = struct.unpack(RING, ring)
@@ -447,12 +447,9 @@ if #ring + 8 > (quiet and QUIET or RING_BUSY) then
   if quiet then
     dropped = math.max(ids - 3, 0)
     floor = committed
-  elseif now_us - mark >= RECENT then
+  elseif before == 0 or now_us - mark >= RECENT or #ring + 8 > RING_MOST then
     dropped = before
     if before > 0 then floor = mark end
-  elseif #ring + 8 > RING_MOST then
-    dropped = math.floor(ids / 2)
-    floor = committed
   end
   if dropped then
     ring = struct.pack(RING, floor, committed, ids - dropped) .. ring:sub(RING_HEAD + 1 + 8 * dropped)

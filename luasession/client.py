@@ -28,7 +28,7 @@ from .clock import now_ns
 from .config import Config
 from .connections import ASKING, MAX_CONNECTIONS, Connections, Recipe
 from .errors import ConfigurationError
-from .failures import code_of, is_a, is_known, is_passing, unavailable
+from .failures import REFUSALS, code_of, is_a, is_known, is_passing, unavailable
 from .location import Location, is_location, read_location
 from .servers import Address, Cluster, Sentinels, Servers
 
@@ -104,6 +104,7 @@ class Client:
         asking = b""
         while True:
             begun = now_ns()
+            sent = 0
             server: Connections | None = None
             try:
                 server = detour or self._connections.of(key)
@@ -117,6 +118,8 @@ class Client:
                 if not is_known(error):
                     raise
                 code = code_of(error)
+                if first == sent and code in REFUSALS:
+                    first = 0  # what was refused has not been applied: the next is the first
                 if known and code == "NOSCRIPT":
                     # On the same server: the target of an ASK wants to be asked again.
                     known = False

@@ -17,6 +17,9 @@ _PASSING_CODES = {
 }
 _PASSING_WORDS = ("LOADING", "BUSY ", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "read only replica")
 
+#: Answers before anything of a command was done.
+REFUSALS = {"NOSCRIPT", "MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "LOADING"}
+
 # Exceptions that a library makes of a code, which is then missing in their words.
 _CODES = {
     "MovedError": "MOVED",

@@ -306,6 +306,28 @@ def test_what_breaks_off_drops_the_connection(clock: Clock, answer: Any) -> None
     assert [connection.open for connection in pool.made] == [False, True]
 
 
+REFUSED = redis.ResponseError("MOVED 7 127.0.0.1:7")
+BROKEN = redis.ConnectionError("gone")
+
+
+@pytest.mark.parametrize(
+    ("answers", "again"),
+    [
+        ([REFUSED, OK], [False, False]),
+        ([redis.ResponseError("LOADING"), redis.exceptions.NoScriptError("No"), OK], [False] * 3),
+        ([BROKEN, OK], [False, True]),
+        ([redis.ResponseError("READONLY"), OK], [False, True]),
+        ([REFUSED, BROKEN, OK], [False, False, True]),
+        ([BROKEN, REFUSED, OK], [False, True, True]),
+    ],
+)
+def test_what_was_refused_was_not_sent_before(clock: Clock, answers: list[Any], again: list[bool]) -> None:
+    """A sending is one more of the same only if an earlier one may have been applied."""
+    caller = Caller(Pool(*answers))
+    assert caller.call()[1] == OK
+    assert [sent != first for sent, first, _ in caller.asked] == again
+
+
 def test_another_calls_reply_is_never_returned(clock: Clock) -> None:
     """Where only foreign replies come the call ends in an error that says so, within its deadline."""
     with pytest.raises(
