@@ -18,7 +18,9 @@ from flask import (
     flash,
     g,
     get_flashed_messages,
+    render_template_string,
     request,
+    request_finished,
     session,
     stream_with_context,
 )
@@ -31,6 +33,7 @@ from luasession import (
     LuaSessionInterface,
     Session,
     SessionTooLarge,
+    session_rotated,
 )
 
 from .conftest import Browser, MakeApp, TestApp
@@ -187,6 +190,97 @@ def test_a_late_rotation_or_start_raises(app: TestApp) -> None:
     )
     assert len(app.keys()) == 1
     assert stranger.cookies == {}
+
+
+@pytest.mark.parametrize("how", ["streamed", "request_finished"])
+def test_a_late_write_after_a_first_log_in(app: TestApp, how: str) -> None:
+    """A visitor logs in with a new id and something is written late: the id that the answer carries stays."""
+    browser, told = app.browser(), []
+
+    def audit(*_: Any, **_about: Any) -> None:
+        session["late"] = 1
+
+    def log_in() -> Any:
+        session["user"] = "ada"
+        session.regenerate()  # type: ignore[attr-defined]
+        return Response(stream_with_context((audit(), "done")[1] for _ in "1")) if how == "streamed" else None
+
+    def receive(_sender: Any, **about: Any) -> None:
+        told.append(about)
+
+    with session_rotated.connected_to(receive, app.flask):
+        if how == "streamed":
+            browser.run(log_in)
+            assert browser.response is not None
+            assert browser.response.text == "done"
+        else:
+            with request_finished.connected_to(audit, app.flask):
+                browser.run(log_in)
+    assert told == []
+    for reader in (browser, browser.twin(app.another())):
+        seen = reader.run(lambda: (session["user"], session["late"], session.version))  # type: ignore[attr-defined]
+        assert seen == ("ada", 1, 2)
+
+
+def test_a_late_destroy(app: TestApp) -> None:
+    """A session that is ended while the response is sent has ended."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    handle = browser.run(lambda: session.handle)
+    assert streamed(browser, lambda: (session["a"], session.destroy())) == "begun,(1, None)"
+    assert app.stored(handle).keys() == {b"@t"}
+    for reader in (browser, browser.twin(app.another())):
+        assert reader.run(lambda: dict(session)) == {}
+
+
+@pytest.mark.parametrize("start", ["key", "principal"])
+def test_a_late_destroy_and_a_start_raises(app: TestApp, start: str) -> None:
+    """What is set after a late destroy() would start a session: RuntimeError, and the old one has ended."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    handle = browser.run(lambda: session.handle)
+
+    def late() -> None:
+        session.destroy()  # type: ignore[attr-defined]
+        if start == "key":
+            session["b"] = 1
+        else:
+            session.principal = "ada"  # type: ignore[attr-defined]
+
+    assert streamed(browser, late).startswith("begun,RuntimeError: the response has been sent")
+    assert app.stored(handle).keys() == {b"@t"}
+    assert len(app.keys()) == 1
+
+
+@pytest.mark.parametrize("view", ["unused", "read"])
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("principal", "bob"),
+        ("principal", None),
+        ("label", "phone"),
+        ("lifetime", timedelta(seconds=99)),
+        ("permanent", True),
+    ],
+)
+def test_late_attributes_are_committed(app: TestApp, attribute: str, value: Any, view: str) -> None:
+    """An attribute set while the response is sent counts without any key; set to what it is, it is no commit."""
+    browser = app.browser()
+    browser.run(lambda: (session.update(a=1), setattr(session, "principal", "ada")))
+
+    def late() -> None:
+        if view == "read":
+            assert session["a"] == 1
+        setattr(session, attribute, value)
+
+    for _ in range(2):
+        assert streamed(browser, late) == "begun,None"
+        reader = browser.twin(app.another())
+        seen = reader.run(lambda: (getattr(session, attribute), session["a"], session.version))
+        assert seen == (value, 1, 2)
+    users = app.flask.extensions["luasession"].sessions_of
+    owner = value if attribute == "principal" else "ada"
+    assert [len(users(user)) for user in ("ada", "bob")] == [owner == "ada", owner == "bob"]
 
 
 def test_a_late_write_to_an_ended_session_is_dropped(app: TestApp) -> None:
@@ -583,6 +677,17 @@ def test_a_mapping_as_any_other(app: TestApp) -> None:
     assert browser.twin(app.another()).run(lambda: dict(session)) == {"z": 1}
 
 
+@pytest.mark.parametrize("name", ["visit", "transaction", "save", "strict", "abandon"])
+def test_keys_in_templates(make_valkey_app: MakeApp, name: str) -> None:
+    """``{{ session.visit }}`` shows the key of that name: nothing inside a session hides it."""
+    browser = make_valkey_app().browser()
+    browser.run(lambda: session.update({name: "mine"}))
+    assert browser.run(lambda: render_template_string(f"{{{{ session.{name} }}}}")) == "mine"
+    assert (
+        browser.run(lambda: (session.clear(), render_template_string(f"{{{{ session.{name} }}}}"))[1]) == ""
+    )
+
+
 # -- around the view ----------------------------------------------------------------------------------------
 
 
@@ -808,6 +913,36 @@ def test_a_commit_before_the_error_keeps_its_cookies(make_app: MakeApp) -> None:
     browser.run(view, status=413)
     assert list(browser.set_cookies) == ["session", "session_v"]
     assert browser.run(lambda: dict(session)) == {"a": 1}
+
+
+@pytest.mark.parametrize("error", ["type", "conflict", "large"])
+def test_a_refresh_goes_with_no_error(make_app: MakeApp, error: str) -> None:
+    """A TTL refresh that was met while reading repeats the id on a response, but not on an error's."""
+    app = make_app(
+        SESSION_PERMANENT=True,
+        SESSION_TOUCH_INTERVAL=0,
+        SESSION_CACHE_TTL=0,
+        SESSION_CONFLICT="raise",
+        SESSION_MAX_BYTES=1000,
+    )
+    browser = app.browser()
+    browser.run(lambda: session.update(n=1))
+    twin = browser.twin()
+    browser.run(lambda: session["n"])
+    assert list(browser.set_cookies) == ["session"]
+
+    def view() -> None:
+        session["n"] += 1
+        if error == "conflict":
+            twin.run(lambda: session.update(n=5))
+        if error == "type":
+            session["n"] = object()
+        if error == "large":
+            session["n"] = "x" * 2000
+
+    browser.run(view, status={"type": 500, "conflict": 409, "large": 413}[error])
+    assert browser.set_cookies == {}
+    assert browser.run(lambda: session["n"]) == (5 if error == "conflict" else 1)
 
 
 def test_errors_are_raised_in_testing(make_valkey_app: MakeApp) -> None:
