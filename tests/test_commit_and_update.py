@@ -518,6 +518,7 @@ def test_what_becomes_of_an_end(make_app: MakeApp, there: str, ttl: str, cleared
 # -- what a commit leaves of what was handed out --------------------------------------
 
 
+@pytest.mark.parametrize("assigned", [False, True])
 @pytest.mark.parametrize(
     ("function", "start", "ours", "theirs", "later", "expected"),
     [
@@ -528,7 +529,14 @@ def test_what_becomes_of_an_end(make_app: MakeApp, there: str, ttl: str, cleared
     ids=["list", "set", "dict"],
 )  # fmt: skip
 def test_a_merged_value_is_the_one_that_was_handed_out(
-    make_app: MakeApp, function: Any, start: Any, ours: Any, theirs: Any, later: Any, expected: Any
+    make_app: MakeApp,
+    function: Any,
+    start: Any,
+    ours: Any,
+    theirs: Any,
+    later: Any,
+    expected: Any,
+    assigned: bool,
 ) -> None:
     """After a commit that merged, changes of a value handed out before it still count (G1)."""
     app = make_app(SESSION_MERGE={"value": function})
@@ -537,6 +545,8 @@ def test_a_merged_value_is_the_one_that_was_handed_out(
     def view() -> None:
         value = session["value"]
         ours(value)
+        if assigned:  # as one is used to from Flask's own session
+            session["value"] = value
         twin.run(lambda: theirs(session["value"]))
         session.commit()
         assert session["value"] is value
