@@ -110,7 +110,11 @@ class Delta(NamedTuple):
     def changes_as(self, other: Delta) -> bool:
         """Whether it changes the same as another one, whatever each was made from."""
         mine, its = (
-            ({name: put.value for name, put in delta.sets.items()}, delta.deletes.keys(), delta[5:])
+            (
+                {name: (put.value, put.ttl_ms) for name, put in delta.sets.items()},
+                delta.deletes.keys(),
+                delta[5:],
+            )
             for delta in (self, other)
         )
         return mine == its
@@ -140,7 +144,9 @@ class Delta(NamedTuple):
                 fields[name] = put.value
                 continue
             deadlines.pop(name, None)
-            end = _end(put, ends.get(name, 0), now_ms, is_there=name in fields)
+            # What has lapsed is out of ``fields`` by now, and in the hash until this commit.
+            is_there = name in fields or name in ends
+            end = _end(put, ends.get(name, 0), now_ms, is_there=is_there)
             if end is None:  # it was to keep its end, and that has passed
                 continue
             fields[name] = put.value

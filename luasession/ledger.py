@@ -251,8 +251,9 @@ class Ledger:
         snapshot = self._snapshot
         if snapshot is None or delta.cleared:
             return delta
+        ends = snapshot.deadlines
         sets = {
-            name: Put(raw, ttl_ms=self._remaining(name))
+            name: Put(raw, ttl_ms=KEPT + ends[name] if name in ends else 0)
             for name in snapshot.names(self._now_ms)
             if name not in delta.deletes and (raw := self._opened(name, snapshot.fields[name]))
         }
@@ -299,10 +300,6 @@ class Ledger:
         if not self._loaded:
             return True
         return self._snapshot is not None and field_name(key) in self._snapshot.fields
-
-    def _remaining(self, name: bytes) -> int:
-        deadline = self._snapshot.deadlines.get(name) if self._snapshot else None
-        return max(deadline - self._now_ms, 1) if deadline else 0
 
     def _check(self, key: str) -> Check:
         if key not in self._reads or self._base is None or self.cleared:

@@ -77,6 +77,11 @@ class Snapshot(NamedTuple):
         return int.from_bytes(self.identity[33:39])
 
     @property
+    def absolute_ms(self) -> int:
+        """Moment at which it ends whatever happens, milliseconds of the server's clock; 0 for none."""
+        return int.from_bytes(self.identity[39:45])
+
+    @property
     def version(self) -> int:
         """How many commits the session has seen."""
         return int.from_bytes(self.state[:4])

@@ -28,7 +28,7 @@ from .packing import NEVER, pack_change, pack_delta, pack_numbers, pack_offer
 from .scripts import Code
 from .snapshot import Snapshot, read_changes, read_hash
 from .stats import Stats
-from .vault import Vault
+from .vault import SEAL_BYTES, Vault
 
 _NOTHING: Mapping[bytes, bytes | None] = MappingProxyType({})
 # Entries that one log-in looks at, of which it makes one: so there are fewer and fewer stale ones.
@@ -183,6 +183,10 @@ class Store:
 
     def _sealed(self, handle: str, delta: Delta) -> Delta:
         return delta if self._vault is None else self._vault.seal(handle, delta)
+
+    def size_of(self, delta: Delta) -> int:
+        """Return how many bytes of names and values a delta comes to as it is stored."""
+        return delta.size + (len(delta.sets) * SEAL_BYTES if self._vault else 0)
 
     # -- writing ------------------------------------------------------------
 

@@ -204,6 +204,7 @@ class Transaction:
     def abandon(self) -> None:
         """Store nothing more of this request; an exception tells of it."""
         self.visit.failed = self._told = True
+        self.visit.refreshed, self.visit.offered = False, None
 
     def save(self) -> None:
         """Apply what is left at the end of the request; a delta without a session is dropped.
@@ -251,9 +252,9 @@ class Transaction:
             return None
         if self.destroyed:
             # What cannot be stored is told before anything has ended.
-            after = self.ledger.delta()
-            if after.size > self.visit.config.max_bytes:
-                raise SessionTooLarge(after.size, self.visit.config.max_bytes)
+            size = self.visit.size_of(self.ledger.delta())
+            if size > self.visit.config.max_bytes:
+                raise SessionTooLarge(size, self.visit.config.max_bytes)
             self._end()
         delta = self._delta()
         if delta.cleared and not delta.creates:
@@ -391,7 +392,7 @@ class Transaction:
             }
         signal: NamedSignal = signals.session_created if created else signals.session_committed
         self.visit.notify(signal, handle=self.handle, version=applied.version)
-        if delta.rotation:
+        if delta.rotation and not created:
             self.visit.notify(signals.session_rotated, handle=self.handle, version=applied.version)
 
     def _report(self, conflicts: Iterable[Conflict], *, refused: bool) -> None:

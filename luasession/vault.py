@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _FORMAT: Final = b"\x01"
 _NONCE_BYTES = 12
 _TAG_BYTES = 16
+#: Bytes by which a sealed value is longer.
+SEAL_BYTES: Final = len(_FORMAT) + _NONCE_BYTES + _TAG_BYTES
 _PURPOSE: Final = b"luasession values 1"
 # Sessions whose keys a process keeps at hand.
 _SESSIONS_AT_HAND = 1024

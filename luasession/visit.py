@@ -352,6 +352,10 @@ class Visit:
             self.offered = offer
         self._note_touch(loaded.touched)
 
+    def size_of(self, delta: Delta) -> int:
+        """Return how many bytes of names and values a delta comes to as it is stored."""
+        return self._store.size_of(delta)
+
     def corrupt(self, key: str, error: Exception) -> None:
         """Log a key whose bytes do not decode, and send ``session_corrupt``."""
         handle = self.presented_handle

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 from flask import session
 
-from luasession import SessionConflict, SessionUnavailable, merge, session_conflict, session_discarded
+from luasession import (
+    SessionConflict,
+    SessionUnavailable,
+    merge,
+    session_conflict,
+    session_discarded,
+)
+from luasession.delta import KEEP, KEPT, Delta, Put
+from luasession.ids import parse_session_id
+from luasession.snapshot import Snapshot, read_hash
 
 from .conftest import Browser, MakeApp, TestApp
+from .images import deadlines
 
 
 def started(app: TestApp, **values: Any) -> tuple[Browser, Browser]:
@@ -17,6 +28,10 @@ def started(app: TestApp, **values: Any) -> tuple[Browser, Browser]:
     browser = app.browser()
     browser.run(lambda: session.update({"start": 0} | values))
     return browser, browser.twin()
+
+
+def handle_of(browser: Browser) -> str:
+    return browser.cookies["session"].partition(".")[0]
 
 
 def reasons(app: TestApp) -> list[str]:
@@ -170,6 +185,73 @@ def test_a_default_after_an_own_deletion(make_app: MakeApp) -> None:
     assert browser.run(lambda: session["n"]) == 1
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_default_stays_where_the_function_raises(make_app: MakeApp, known: bool) -> None:
+    """A function that raises leaves what ``setdefault`` had set, and that is still only a default."""
+    app = make_app()
+    browser, twin = started(app) if known else (app.browser(), None)
+
+    def view() -> Any:
+        session.setdefault("n", 5)
+        session["other"] = 1
+        with pytest.raises(ZeroDivisionError):
+            session.atomic_update("n", lambda n: n / 0)
+        kept = session["n"]
+        if twin:
+            twin.run(lambda: session.atomic_update("n", lambda n: n + 1, 0))
+            return kept, session.atomic_update("n", lambda n: n + 1)
+        return kept, None
+
+    assert browser.run(view) == (5, 2 if known else None)
+    seen = browser.twin(app.another()).run(lambda: (session["n"], session["other"]))
+    assert seen == (2 if known else 5, 1)
+
+
+@pytest.mark.parametrize("how", ["first", "after a key"])
+def test_atomic_updates_after_a_clear(make_app: MakeApp, how: str) -> None:
+    """A visitor without a session who is cleared all the same keeps what came after it, each update of it."""
+    app = make_app()
+    browser = app.browser()
+
+    def view() -> Any:
+        session.clear()
+        if how == "after a key":
+            session["user"] = "ada"
+        return [session.atomic_update("logins", lambda n: n + 1, 0) for _ in range(3)]
+
+    assert browser.run(view) == [1, 2, 3]
+    user = {"user": "ada"} if how == "after a key" else {}
+    assert browser.twin(app.another()).run(lambda: dict(session)) == user | {"logins": 3}
+    assert len(app.keys()) == 1
+
+
+@pytest.mark.parametrize("then", ["commit", "atomic_update", "nothing"])
+@pytest.mark.parametrize("known", [False, True])
+def test_attributes_after_a_clear(make_app: MakeApp, known: bool, then: str) -> None:
+    """What is set after a clear, permanence say, is of what comes after it, however that is committed."""
+    app = make_app()
+    browser = app.browser()
+    if known:
+        browser.run(lambda: (session.update(a=1), setattr(session, "lifetime", 50)))
+
+    def view() -> None:
+        session.clear()
+        session.permanent = True
+        session.label = "phone"
+        if then == "commit":
+            session.commit()
+        if then == "atomic_update":
+            session.atomic_update("logins", lambda n: n + 1, 0)
+        session["user"] = "ada"
+
+    browser.run(view)
+    assert "Expires=" in browser.set_cookies["session"]
+    seen = browser.twin(app.another()).run(
+        lambda: (session["user"], session.get("a"), session.permanent, session.label, session.lifetime)
+    )
+    assert seen == ("ada", None, True, "phone", None)
+
+
 def test_a_key_must_be_a_str(make_app: MakeApp) -> None:
     """Another key is a TypeError that says so, as at an assignment."""
     browser, _ = started(make_app())
@@ -233,29 +315,207 @@ def test_a_new_session_that_goes_on_keeps_ends(make_app: MakeApp) -> None:
     assert now_ms < end <= now_ms + 60_000
 
 
-def test_a_key_that_ends_meanwhile_stays_ended(make_app: MakeApp) -> None:
-    """Changed in place, a key whose end comes before the commit does not come back."""
-    import time
-
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_key_that_ends_meanwhile_stays_ended(make_app: MakeApp, removed: bool) -> None:
+    """Changed in place, a key whose end comes before the commit does not come back, also if others took it out."""
     app = make_app()
-    browser, _ = started(app)
-    browser.run(lambda: session.set("k", [1], ttl=0.15))
+    browser, twin = started(app)
+    browser.run(lambda: session.set("k", [1], ttl=0.5))
 
     def view() -> None:
         session["k"].append(2)
         session["other"] = 1
-        time.sleep(0.2)
+        time.sleep(0.6)
+        if removed:
+            twin.run(lambda: session.update(start=1))
+            assert b"k" not in app.stored(handle_of(browser))
 
     browser.run(view)
-    handle = browser.cookies["session"].partition(".")[0]
-    assert b"k" not in app.stored(handle)
-    assert browser.run(lambda: dict(session)) == {"start": 0, "other": 1}
-    assert browser.twin(app.another()).run(lambda: dict(session)) == {"start": 0, "other": 1}
+    assert b"k" not in app.stored(handle_of(browser))
+    for reader in (browser, browser.twin(app.another())):
+        assert reader.run(lambda: dict(session)) == {"start": int(removed), "other": 1}
+
+
+def lapse(app: TestApp, browser: Browser, key: str) -> Browser:
+    """Let a key's end have passed; return the browser before a process that has not seen it earlier."""
+    handle = handle_of(browser)
+    ends = read_hash(app.stored(handle)).deadlines | {key.encode(): 1}
+    assert app.server is not None
+    with app.server.client() as client:
+        client.hset(app.prefix + handle, "@x", deadlines(ends))
+    return browser.twin(app.another())
+
+
+def assert_cached_as_stored(browser: Browser) -> None:
+    """What the process holds of the session must be what Redis does, ends of keys included."""
+    session_id = parse_session_id(browser.cookies["session"], 32)
+    assert session_id is not None
+    store = browser.app.flask.session_interface.store  # type: ignore[attr-defined]
+    entry = store._here.cache.get(session_id)
+    assert entry is not None
+    assert entry.snapshot == read_hash(browser.app.stored(session_id.handle))
+
+
+def test_atomic_update_of_a_key_past_its_end(make_app: MakeApp) -> None:
+    """It is missing to the function, and the result is stored, with no end."""
+    app = make_app()
+    browser, _ = started(app)
+    browser.run(lambda: session.set("tries", 5, ttl=60))
+    late = lapse(app, browser, "tries")
+    for tries in (1, 2):
+        assert late.run(lambda: session.atomic_update("tries", lambda n: n + 1, 0)) == tries
+        assert late.twin(app.another()).run(lambda: session["tries"]) == tries
+        assert_cached_as_stored(late)
+    assert ends(app, late) == {}
+
+
+@pytest.mark.parametrize("before", [1, 5])
+def test_increments_of_a_key_past_its_end(make_app: MakeApp, before: int) -> None:
+    """To two overlapping increments it is missing: they count from nothing, whatever it had been."""
+    app = make_app(SESSION_MERGE={"hits": merge.add})
+    browser, _ = started(app)
+    browser.run(lambda: session.set("hits", before, ttl=60))
+    late = lapse(app, browser, "hits")
+    told: list[Any] = []
+    session_conflict.connect(lambda _app, base, **_: told.append(base), late.app.flask, weak=False)
+
+    def increment(between: Any = None) -> None:
+        hits = session.get("hits", 0)
+        if between:
+            late.twin().run(between)
+        session["hits"] = hits + 1
+
+    late.run(lambda: increment(increment))
+    assert told == [merge.MISSING]
+    assert late.twin(app.another()).run(lambda: session["hits"]) == 2
+    assert ends(app, late) == {}
+    assert_cached_as_stored(late)
+
+
+@pytest.mark.parametrize("how", ["deleted", "deleted and written", "set anew", "given another end"])
+def test_a_change_of_a_key_that_others_changed(make_app: MakeApp, how: str) -> None:
+    """Changed in place, a key that is gone by now has the end that it was given, and any other the one it has."""
+    app = make_app()
+    browser, twin = started(app)
+    browser.run(lambda: session.set("k", [1], ttl=60))
+    before = ends(app, browser)
+    others: dict[str, Any] = {
+        "deleted": lambda: session.pop("k"),
+        "deleted and written": lambda: (session.pop("k"), session.update(start=1)),
+        "set anew": lambda: session.update(k=[5]),
+        "given another end": lambda: session.set("k", [5], ttl=3600),
+    }
+    meanwhile: list[dict[bytes, int]] = []
+
+    def view() -> None:
+        session["k"].append(2)
+        twin.run(others[how])
+        meanwhile.append(ends(app, browser))
+
+    browser.run(view)
+    assert browser.twin(app.another()).run(lambda: session["k"]) == [1, 2]
+    assert ends(app, browser) == (before if how.startswith("deleted") else meanwhile[0])
+    assert_cached_as_stored(browser)
+
+
+@pytest.mark.parametrize("change", ["in place", "atomic_update"])
+def test_a_merge_that_brings_back_keeps_the_end(make_app: MakeApp, change: str) -> None:
+    """Deleted here and added to elsewhere, what the merge leaves of a key has the end of the stored one."""
+    app = make_app(SESSION_MERGE={"cart": merge.append})
+    browser, twin = started(app)
+    browser.run(lambda: session.set("cart", ["a"], ttl=60))
+    before = ends(app, browser)
+
+    def add() -> None:
+        if change == "in place":
+            session["cart"].append("c")
+        else:
+            session.atomic_update("cart", lambda cart: [*cart, "c"])
+
+    def view() -> None:
+        assert session["cart"] == ["a"]
+        twin.run(add)
+        del session["cart"]
+
+    browser.run(view)
+    assert browser.twin(app.another()).run(lambda: session["cart"]) == ["c"]
+    assert ends(app, browser) == before
+    assert_cached_as_stored(browser)
+
+
+def test_a_session_of_its_own_keeps_ends(make_app: MakeApp) -> None:
+    """The second click of a double log-in takes a key along that it has changed in place, and its end (G8)."""
+    app = make_app()
+    browser, twin = started(app)
+    browser.run(lambda: (session.set("sudo", [1], ttl=60), session.set("other", [1], ttl=60)))
+    before, handle = ends(app, browser), handle_of(browser)
+
+    def log_in() -> None:
+        session.regenerate()
+        session["user"] = "ada"
+
+    def view() -> None:
+        session["sudo"].append(2)
+        time.sleep(0.05)  # ages are exact to a call's transit; this is well over it
+        twin.run(log_in)
+        log_in()
+
+    browser.run(view)
+    assert handle_of(browser) != handle
+    assert browser.twin(app.another()).run(lambda: (session["sudo"], session["other"])) == ([1, 2], [1])
+    assert ends(app, browser) == before
+    assert_cached_as_stored(browser)
+
+
+HOUR_MS = 3_600_000
+
+
+ENDS = [
+    (there, ttl)
+    for there in ("gone", "no end", "past", "later")
+    for ttl in ("none", "keep", "kept, past", "kept, later")
+]
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize(("there", "ttl"), ENDS)
+def test_what_becomes_of_an_end(make_app: MakeApp, there: str, ttl: str, cleared: bool) -> None:
+    """A field keeps the end that it has, or where it is gone the one that it is said to have had; past it, it goes."""
+    app = make_app()
+    browser, _ = started(app)
+    if there != "gone":
+        browser.run(lambda: session.set("k", 1, None if there == "no end" else HOUR_MS / 1000))
+    reader = lapse(app, browser, "k") if there == "past" else browser.twin(app.another())
+    stored_then = read_hash(app.stored(handle_of(browser)))
+    later = stored_then.ends_ms
+    ttls = {"none": 0, "keep": KEEP, "kept, past": KEPT + 1, "kept, later": KEPT + later}
+
+    def view() -> Snapshot | None:
+        visit = session._transaction.visit  # type: ignore[attr-defined]
+        base = visit.load()
+        assert base is not None
+        applied = visit.commit(Delta(base.pair, sets={b"k": Put(b"2", ttl_ms=ttls[ttl])}, cleared=cleared))
+        snapshot: Snapshot | None = applied.snapshot
+        return snapshot
+
+    # None: the field goes; 0: it stays for good.
+    end: int | None = {"gone": 0, "no end": 0, "past": None, "later": stored_then.deadlines.get(b"k")}[there]
+    if cleared or there == "gone":
+        end = {"kept, past": None, "kept, later": later}.get(ttl, 0)
+    if ttl == "none":
+        end = 0
+    cached = reader.run(view)
+    stored = read_hash(app.stored(handle_of(browser)))
+    assert stored.fields.get(b"k") == (None if end is None else b"2")
+    assert stored.deadlines == ({b"k": end} if end else {})
+    assert stored.size == sum(len(name) + len(value) for name, value in stored.fields.items())
+    assert cached == stored
 
 
 # -- what a commit leaves of what was handed out --------------------------------------
 
 
+@pytest.mark.parametrize("assigned", [False, True])
 @pytest.mark.parametrize(
     ("function", "start", "ours", "theirs", "later", "expected"),
     [
@@ -266,7 +526,14 @@ def test_a_key_that_ends_meanwhile_stays_ended(make_app: MakeApp) -> None:
     ids=["list", "set", "dict"],
 )  # fmt: skip
 def test_a_merged_value_is_the_one_that_was_handed_out(
-    make_app: MakeApp, function: Any, start: Any, ours: Any, theirs: Any, later: Any, expected: Any
+    make_app: MakeApp,
+    function: Any,
+    start: Any,
+    ours: Any,
+    theirs: Any,
+    later: Any,
+    expected: Any,
+    assigned: bool,
 ) -> None:
     """After a commit that merged, changes of a value handed out before it still count (G1)."""
     app = make_app(SESSION_MERGE={"value": function})
@@ -275,6 +542,8 @@ def test_a_merged_value_is_the_one_that_was_handed_out(
     def view() -> None:
         value = session["value"]
         ours(value)
+        if assigned:  # as one is used to from Flask's own session
+            session["value"] = value
         twin.run(lambda: theirs(session["value"]))
         session.commit()
         assert session["value"] is value
@@ -282,6 +551,39 @@ def test_a_merged_value_is_the_one_that_was_handed_out(
 
     browser.run(view)
     assert browser.twin(app.another()).run(lambda: session["value"]) == expected
+
+
+@pytest.mark.parametrize("found", [False, True])
+@pytest.mark.parametrize(
+    ("function", "default", "theirs", "merged"),
+    [
+        (merge.append, ["welcome"], ["gift"], ["gift", "welcome"]),
+        (merge.union, {"welcome"}, {"gift"}, {"gift", "welcome"}),
+        (merge.deep, {"welcome": 1}, {"gift": 1}, {"gift": 1, "welcome": 1}),
+    ],
+    ids=["list", "set", "dict"],
+)
+def test_an_object_of_the_app_is_not_merged_into(
+    make_app: MakeApp, function: Any, default: Any, theirs: Any, merged: Any, found: bool
+) -> None:
+    """What an app puts into all its sessions stays as it is when one of them is merged: no visitor sees another's."""
+    app = make_app(SESSION_MERGE={"value": function})
+    browser, twin = started(app, **({"value": type(default)()} if found else {}))
+    shown = type(default)(default)
+
+    def view() -> Any:
+        assert not session.get("value")
+        twin.run(lambda: session.update(value=theirs))
+        session["value"] = default
+        session.commit()
+        return session["value"]
+
+    assert browser.run(view) == merged
+    assert default == shown
+    assert browser.twin(app.another()).run(lambda: session["value"]) == merged
+    stranger = app.browser()
+    assert stranger.run(lambda: session.setdefault("value", default)) == shown
+    assert stranger.twin(app.another()).run(lambda: session["value"]) == shown
 
 
 def test_attributes_are_of_the_version_that_was_read(make_app: MakeApp) -> None:

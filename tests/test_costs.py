@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from flask import session
 
-from luasession import merge
+from luasession import SessionTooLarge, merge, retry_on_conflict
 
 from .conftest import Browser, MakeApp, TestApp
 
@@ -133,6 +133,54 @@ def test_new_visitors(app: TestApp) -> None:
     assert spent(app, lambda: writer.run(lambda: session.update(a=1))) == ["EVALSHA"]
     assert spent(app, lambda: reader.run(lambda: session.get("a"))) == []
     assert reader.set_cookies == {}
+
+
+@pytest.mark.parametrize("how", ["at the end", "commit", "retry"])
+def test_a_new_visitor_who_logs_in(app: TestApp, how: str) -> None:
+    """The first write of a new visitor that asks for a new id as well, committed midway or not: one."""
+    started(app)
+
+    def log_in() -> None:
+        session["user"] = "ada"
+        session.regenerate()
+        if how == "commit":
+            session.commit()
+
+    browser = app.browser()
+    view = retry_on_conflict()(log_in) if how == "retry" else log_in
+    assert spent(app, lambda: browser.run(view)) == ["EVALSHA"]
+    assert browser.run(lambda: (session["user"], session.version)) == ("ada", 1)
+
+
+@pytest.mark.parametrize("then", ["nothing", "read", "room"])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_commit_that_was_too_large(make_app: MakeApp, known: bool, then: str) -> None:
+    """Refused and caught, it is not sent again at the end, whatever was read or made room for meanwhile."""
+    app = make_app(SESSION_MAX_BYTES=1000, **LONG)
+    browser = started(app)
+    if known:
+        browser.run(lambda: session.update(fill="x" * 600))
+        browser.run(lambda: session["a"])
+    else:
+        browser = app.browser()
+    twin = browser.twin()
+    told: list[int] = []
+
+    def view() -> None:
+        session["more"] = "y" * (700 if known else 2000)
+        with pytest.raises(SessionTooLarge) as caught:
+            session.commit()
+        told.append(caught.value.limit)
+        if then == "read":
+            assert session.get("other") is None
+        if then == "room" and known:
+            twin.run(lambda: session.pop("fill"))
+
+    others = 1 if then == "room" and known else 0
+    assert spent(app, lambda: browser.run(view)) == ["EVALSHA"] * (1 + others)
+    assert told == [1000]
+    assert "more" not in browser.twin(app.another()).run(lambda: dict(session))
+    assert bool(browser.cookies) is known
 
 
 @pytest.mark.parametrize("how", ["clear", "destroy"])

@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luasession.delta import Change, Check, Delta, Put, Rotation
+from luasession.delta import KEEP, KEPT, Change, Check, Delta, Put, Rotation
 from luasession.snapshot import Snapshot
 
 from .images import NOW_MS, identity, image, state
 
 NAMES = st.sampled_from([b"a", b"b", b"c", b"@@d"])
 CHANGES = st.none() | st.builds(Change, st.sampled_from([None, "ada", "bob"]))
-PUTS = st.builds(Put, st.sampled_from([b"1", b"2"]), st.sampled_from(Check), st.sampled_from([0, 0, 1, 500]))
+TTLS = st.sampled_from([0, 0, 1, 500, KEEP, KEPT + NOW_MS, KEPT + NOW_MS + 600])
+PUTS = st.builds(Put, st.sampled_from([b"1", b"2"]), st.sampled_from(Check), TTLS)
 
 
 @st.composite
@@ -46,6 +47,7 @@ class Model:
         if delta.cleared:
             self.fields.clear()
             self.attributes = dict.fromkeys(self.attributes)
+        before = dict(self.fields)
         # Whoever commits takes out what is past its end.
         self.fields = {
             name: (value, end)
@@ -53,7 +55,11 @@ class Model:
             if name not in delta.deletes and (end is None or end > self.now)
         }
         for name, put in delta.sets.items():
-            self.fields[name] = put.value, self.now + put.ttl_ms if put.ttl_ms else None
+            end = self.now + put.ttl_ms if put.ttl_ms else None
+            if put.ttl_ms >= KEPT:
+                _, end = before.get(name, (b"", None if put.ttl_ms == KEEP else put.ttl_ms - KEPT))
+            if end is None or end > self.now:
+                self.fields[name] = put.value, end
         if delta.lifetime_ms is not None:
             self.attributes["lifetime_ms"] = delta.lifetime_ms or None
         for name in ("principal", "label"):
@@ -114,6 +120,37 @@ def test_an_end_is_past_from_its_millisecond_on(passed: int, there: bool) -> Non
     ending = Delta(sets={b"a": Put(b"1", ttl_ms=5)}).over(None, identity(), state(), NOW_MS)
     after = Delta(sets={b"b": Put(b"1")}).over(ending, identity(), state(2), NOW_MS + passed)
     assert (b"a" in after.fields, b"a" in after.deadlines) == (there, there)
+
+
+@pytest.mark.parametrize(
+    ("there", "then"),
+    [(None, NOW_MS + 50), (Put(b"1"), None), (Put(b"1", ttl_ms=70), NOW_MS + 70)],
+    ids=["gone", "no end", "another end"],
+)
+def test_an_end_that_is_known(there: Put | None, then: int | None) -> None:
+    """It counts where the field is gone by now, and not where the field has an end, or none, from others."""
+    base = Delta(sets={} if there is None else {b"a": there}).over(None, identity(), state(), NOW_MS)
+    kept = Delta(sets={b"a": Put(b"2", ttl_ms=KEPT + NOW_MS + 50)})
+    assert kept.over(base, identity(), state(2), NOW_MS).deadlines == ({b"a": then} if then else {})
+    assert kept.over(base, identity(), state(2), NOW_MS).fields == {b"a": b"2"}
+    late = kept.over(base, identity(), state(2), NOW_MS + 50)
+    assert (b"a" in late.fields) is (there is not None)
+
+
+def test_what_changes_the_same() -> None:
+    """Whatever two deltas were made from, and however checked, they change the same by fields and attributes."""
+    one = Delta(sets={b"a": Put(b"1", Check.STRICT)}, deletes={b"b": Check.NONE}, label=Change("x"))
+    read_since = one._replace(base=b"p" * 12, own=(b"w" * 8,), reads=None)
+    assert one.changes_as(read_since._replace(sets={b"a": Put(b"1")}, deletes={b"b": Check.STRICT}))
+    for other in (
+        one._replace(sets={b"a": Put(b"2", Check.STRICT)}),
+        one._replace(sets={b"a": Put(b"1", Check.STRICT, 60)}),
+        one._replace(sets={}),
+        one._replace(deletes={}),
+        one._replace(label=Change("y")),
+        one._replace(cleared=True),
+    ):
+        assert not one.changes_as(other)
 
 
 CHANGING = {

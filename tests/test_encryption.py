@@ -313,3 +313,15 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, make_app: MakeApp) -
     monkeypatch.setitem(__import__("sys").modules, "cryptography.exceptions", None)
     with pytest.raises(ImportError, match=r"pip install 'luasession\[crypto\]'"):
         make_app(SESSION_ENCRYPTION_KEYS=KEY, SESSION_KEY_PREFIX=f"t{uuid4().hex[:8]}:")
+
+
+def test_too_large_once_sealed(make_app: MakeApp) -> None:
+    """What sealing adds counts before anything has ended: destroy() and too much after it leave the session."""
+    app = make_app(SESSION_ENCRYPTION_KEYS=KEY, SESSION_MAX_BYTES=1000)
+    browser, handle = a_session(app, a=1)
+    before = app.stored(handle)
+    browser.run(lambda: (session.destroy(), session.update(user="x" * 985)), status=413)
+    assert browser.set_cookies == {}
+    assert app.stored(handle) == before
+    browser.run(lambda: (session.destroy(), session.update(user="x" * (1000 - 29 - 2 - 4))))
+    assert len(read_of(browser, app)["user"]) == 965

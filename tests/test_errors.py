@@ -165,3 +165,21 @@ def test_corrupt_metadata(make_app: MakeApp, field: bytes, spoiled: bytes) -> No
         assert type(seen.pop()) is CorruptSession
         assert other.set_cookies == {}
     assert app.stored(handle) == before
+
+
+def test_a_read_that_is_done_is_not_failed_by_its_refresh(make_app: MakeApp) -> None:
+    """Metadata that has gone bad since the read is no error of a request that asks only to refresh the TTL."""
+    app = make_app(SESSION_TOUCH_INTERVAL=0, SESSION_CACHE_TTL=60.0)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    handle = browser.run(lambda: session.handle)
+
+    def view() -> Any:
+        found = session["a"]
+        assert app.server is not None
+        with app.server.client() as client:
+            client.hset(app.prefix + handle, "@i", b"\x02" + client.hget(app.prefix + handle, "@i")[1:])
+        return found
+
+    assert browser.run(view) == 1
+    assert browser.set_cookies == {}

@@ -17,6 +17,7 @@ from flask import (
     flash,
     g,
     get_flashed_messages,
+    render_template_string,
     request,
     session,
 )
@@ -434,6 +435,17 @@ def test_a_mapping_as_any_other(app: TestApp) -> None:
     assert browser.twin(app.another()).run(lambda: dict(session)) == {"z": 1}
 
 
+@pytest.mark.parametrize("name", ["visit", "transaction", "save", "strict", "abandon"])
+def test_keys_in_templates(make_valkey_app: MakeApp, name: str) -> None:
+    """``{{ session.visit }}`` shows the key of that name: nothing inside a session hides it."""
+    browser = make_valkey_app().browser()
+    browser.run(lambda: session.update({name: "mine"}))
+    assert browser.run(lambda: render_template_string(f"{{{{ session.{name} }}}}")) == "mine"
+    assert (
+        browser.run(lambda: (session.clear(), render_template_string(f"{{{{ session.{name} }}}}"))[1]) == ""
+    )
+
+
 # -- around the view ----------------------------------------------------------------------------------------
 
 
@@ -659,6 +671,36 @@ def test_a_commit_before_the_error_keeps_its_cookies(make_app: MakeApp) -> None:
     browser.run(view, status=413)
     assert list(browser.set_cookies) == ["session", "session_v"]
     assert browser.run(lambda: dict(session)) == {"a": 1}
+
+
+@pytest.mark.parametrize("error", ["type", "conflict", "large"])
+def test_a_refresh_goes_with_no_error(make_app: MakeApp, error: str) -> None:
+    """A TTL refresh that was met while reading repeats the id on a response, but not on an error's."""
+    app = make_app(
+        SESSION_PERMANENT=True,
+        SESSION_TOUCH_INTERVAL=0,
+        SESSION_CACHE_TTL=0,
+        SESSION_CONFLICT="raise",
+        SESSION_MAX_BYTES=1000,
+    )
+    browser = app.browser()
+    browser.run(lambda: session.update(n=1))
+    twin = browser.twin()
+    browser.run(lambda: session["n"])
+    assert list(browser.set_cookies) == ["session"]
+
+    def view() -> None:
+        session["n"] += 1
+        if error == "conflict":
+            twin.run(lambda: session.update(n=5))
+        if error == "type":
+            session["n"] = object()
+        if error == "large":
+            session["n"] = "x" * 2000
+
+    browser.run(view, status={"type": 500, "conflict": 409, "large": 413}[error])
+    assert browser.set_cookies == {}
+    assert browser.run(lambda: session["n"]) == (5 if error == "conflict" else 1)
 
 
 def test_errors_are_raised_in_testing(make_valkey_app: MakeApp) -> None:

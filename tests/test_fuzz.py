@@ -29,6 +29,8 @@ from .servers import Server, standalone
 
 EXAMPLES = int(os.environ.get("LUASESSION_FUZZ_EXAMPLES", "0"))
 SERIALIZERS = ["json", "msgpack"]
+#: A lifetime in milliseconds that may pass while a test on a busy machine looks what is left.
+BRIEF_MS = 10_000
 FOREIGN = "what belongs to somebody else"
 COUNTS: dict[str, Counter[str]] = {}
 
@@ -246,6 +248,9 @@ def test_stored_hashes(target: Target, data: st.DataObject) -> None:
     assert status in (200, 413, 500, 503), target.errors
     assert FOREIGN not in repr(seen)
     left = target.stored()
+    # Cut to a digit or two a lifetime is one of milliseconds, which may be over by now.
+    lifetime = fields.get(b"@e", b"")
+    over = left == {} and lifetime.isdigit() and int(lifetime) < BRIEF_MS
     if status != 200:
         # A spoilt count of bytes can make it too large; an answer in words, too.
         error = target.errors[0] if status != 413 else SessionTooLarge(0, 0)
@@ -253,11 +258,11 @@ def test_stored_hashes(target: Target, data: st.DataObject) -> None:
         assert str(error), "no words"
         assert browser.set_cookies == {}
         # A read that came before it may have refreshed the TTL, whose moments are in @v.
-        assert {**left, b"@v": b""} == {**fields, b"@v": b""}
+        assert over or {**left, b"@v": b""} == {**fields, b"@v": b""}
         count("stored", f"{status} {type(error).__name__}")
         return
     # An end of its own may lie in the past, by a flipped bit: then the session, or the key, has ended.
-    ended = left == {} and {b"@i", b"@v"} & set(names)
+    ended = over or (left == {} and {b"@i", b"@v"} & set(names))
     if not ended:
         expected = users(fields)
         for gone in (expected, left):

@@ -405,6 +405,94 @@ def test_a_permanent_cookie_lasts_as_the_session(make_app: MakeApp) -> None:
     assert expires(browser) - before > DAY - HOUR
 
 
+def empty() -> None:
+    session.pop("a")
+
+
+def assert_no_short_end(browser: Browser, before: datetime) -> None:
+    """No cookie that a browser needs to stay with its session may end with the grace."""
+    for name, line in browser.set_cookies.items():
+        if name != "session_o":  # says for a moment that others are writing, and nothing else
+            assert "Expires=" in line
+            assert expires(browser, name) - before > DAY
+
+
+def test_an_emptied_permanent_session_keeps_its_cookies(make_app: MakeApp) -> None:
+    """Emptied key by key it ends with the grace on the server, and the browser is told of no such end."""
+    app = make_app(SESSION_PERMANENT=True)
+    before = datetime.now(UTC)
+    browser, handle = start(app)
+    browser.run(empty)
+    assert stored(app, handle).ends_ms - stored(app, handle).touched_ms == 60_000
+    assert list(browser.set_cookies) == ["session_v"]
+    assert_no_short_end(browser, before)
+
+
+@pytest.mark.parametrize("cache_ttl", [2.0, 0, None])
+def test_use_of_an_emptied_session_sends_no_short_end(make_app: MakeApp, cache_ttl: float | None) -> None:
+    """Nor does any later use that refreshes the TTL of a session without keys, read or write."""
+    app = make_app(SESSION_PERMANENT=True, SESSION_TOUCH_INTERVAL=0, SESSION_CACHE_TTL=cache_ttl)
+    before = datetime.now(UTC)
+    browser, handle = start(app)
+    browser.run(empty)
+    assert_no_short_end(browser, before)
+    shorten(app, handle)
+    browser.run(lambda: session.get("a"))
+    assert pttl(app, handle) > 9_000
+    assert browser.set_cookies == {}
+    browser.run(lambda: setattr(session, "label", "empty"))
+    assert "session" not in browser.set_cookies
+    assert_no_short_end(browser, before)
+    browser.run(write_blindly)
+    assert "session" in browser.set_cookies
+    assert_no_short_end(browser, before)
+
+
+def test_a_new_lifetime_of_an_emptied_session(make_app: MakeApp) -> None:
+    """Where the id is sent for a new lifetime, it is with that lifetime's end, not with the grace's."""
+    app = make_app(SESSION_PERMANENT=True)
+    before = datetime.now(UTC)
+    browser, _ = start(app)
+    browser.run(lambda: (empty(), setattr(session, "lifetime", 2 * DAY)))
+    assert 2 * DAY - HOUR < expires(browser) - before < 2 * DAY + HOUR
+    assert_no_short_end(browser, before)
+
+
+def test_an_emptied_session_of_a_user_slides_as_ever(make_app: MakeApp) -> None:
+    """With a principal a session needs no keys: its cookie is refreshed, with its whole lifetime."""
+    app = make_app(SESSION_PERMANENT=True, SESSION_TOUCH_INTERVAL=0, SESSION_CACHE_TTL=0)
+    before = datetime.now(UTC)
+    browser = app.browser()
+    browser.run(lambda: (session.update(a=1), setattr(session, "principal", "ada")))
+    for use in (empty, lambda: session.get("a")):
+        browser.run(use)
+        assert "session" in browser.set_cookies
+        assert_no_short_end(browser, before)
+
+
+@pytest.mark.parametrize("added", ["in order", "late", "by edit"])
+def test_a_key_added_to_an_emptied_session_is_reached(make_app: MakeApp, added: str) -> None:
+    """A parallel request adds a key, or somebody from outside: the browser, by the ends it was told, still finds it."""
+    app = make_app(SESSION_PERMANENT=True)
+    before = datetime.now(UTC)
+    browser, handle = start(app)
+    emptying, adding = browser.twin(), browser.twin()
+    emptying.run(empty)
+    answers = [emptying]
+    if added == "by edit":
+        with app.flask.extensions["luasession"].edit(handle) as edited:
+            edited["b"] = 1
+    else:
+        adding.run(write_blindly)
+        answers = [emptying, adding] if added == "in order" else [adding, emptying]
+    for answer in answers:
+        assert_no_short_end(answer, before)
+        for name, line in answer.set_cookies.items():
+            browser.client.set_cookie(name, line.partition("=")[2].partition(";")[0])
+    assert browser.run(lambda: dict(session)) == {"b": 1}
+    assert_no_short_end(browser, before)
+
+
 def test_the_cookie_follows_the_lifetime(make_app: MakeApp) -> None:
     """A change of session.lifetime sends the id cookie with the new expiry; the same again does not."""
     app = make_app(SESSION_PERMANENT=True)
@@ -426,3 +514,8 @@ def test_the_cookie_ends_with_the_absolute_lifetime(make_app: MakeApp) -> None:
     before = datetime.now(UTC)
     browser.run(lambda: session.update(a=1))
     assert expires(browser) - before < DAY + HOUR
+    browser.run(empty)
+    assert expires(browser, "session_v") - before < DAY + HOUR
+    user = app.browser()
+    user.run(lambda: setattr(session, "principal", "ada"))
+    assert expires(user) - before < DAY + HOUR

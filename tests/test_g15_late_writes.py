@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
-from flask import Response, session, stream_with_context
+from flask import Response, request_finished, session, stream_with_context
+
+from luasession import session_rotated
 
 from .conftest import Browser, TestApp
 
@@ -155,3 +158,94 @@ def test_a_late_write_that_fails_is_logged(app: TestApp, caplog: pytest.LogCaptu
     assert record.exc_info is not None
     assert "'late'" in str(record.exc_info[1])
     assert browser.run(lambda: (dict(session), session.version)) == ({"a": 1}, 1)
+
+
+@pytest.mark.parametrize("how", ["streamed", "request_finished"])
+def test_a_late_write_after_a_first_log_in(app: TestApp, how: str) -> None:
+    """A visitor logs in with a new id and something is written late: the id that the answer carries stays."""
+    browser, told = app.browser(), []
+
+    def audit(*_: Any, **_about: Any) -> None:
+        session["late"] = 1
+
+    def log_in() -> Any:
+        session["user"] = "ada"
+        session.regenerate()  # type: ignore[attr-defined]
+        return Response(stream_with_context((audit(), "done")[1] for _ in "1")) if how == "streamed" else None
+
+    def receive(_sender: Any, **about: Any) -> None:
+        told.append(about)
+
+    with session_rotated.connected_to(receive, app.flask):
+        if how == "streamed":
+            browser.run(log_in)
+            assert browser.response is not None
+            assert browser.response.text == "done"
+        else:
+            with request_finished.connected_to(audit, app.flask):
+                browser.run(log_in)
+    assert told == []
+    for reader in (browser, browser.twin(app.another())):
+        seen = reader.run(lambda: (session["user"], session["late"], session.version))  # type: ignore[attr-defined]
+        assert seen == ("ada", 1, 2)
+
+
+def test_a_late_destroy(app: TestApp) -> None:
+    """A session that is ended while the response is sent has ended."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    handle = browser.run(lambda: session.handle)
+    assert streamed(browser, lambda: (session["a"], session.destroy())) == "begun,(1, None)"
+    assert app.stored(handle).keys() == {b"@t"}
+    for reader in (browser, browser.twin(app.another())):
+        assert reader.run(lambda: dict(session)) == {}
+
+
+@pytest.mark.parametrize("start", ["key", "principal"])
+def test_a_late_destroy_and_a_start_raises(app: TestApp, start: str) -> None:
+    """What is set after a late destroy() would start a session: RuntimeError, and the old one has ended."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    handle = browser.run(lambda: session.handle)
+
+    def late() -> None:
+        session.destroy()  # type: ignore[attr-defined]
+        if start == "key":
+            session["b"] = 1
+        else:
+            session.principal = "ada"  # type: ignore[attr-defined]
+
+    assert streamed(browser, late).startswith("begun,RuntimeError: the response has been sent")
+    assert app.stored(handle).keys() == {b"@t"}
+    assert len(app.keys()) == 1
+
+
+@pytest.mark.parametrize("view", ["unused", "read"])
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("principal", "bob"),
+        ("principal", None),
+        ("label", "phone"),
+        ("lifetime", timedelta(seconds=99)),
+        ("permanent", True),
+    ],
+)
+def test_late_attributes_are_committed(app: TestApp, attribute: str, value: Any, view: str) -> None:
+    """An attribute set while the response is sent counts without any key; set to what it is, it is no commit."""
+    browser = app.browser()
+    browser.run(lambda: (session.update(a=1), setattr(session, "principal", "ada")))
+
+    def late() -> None:
+        if view == "read":
+            assert session["a"] == 1
+        setattr(session, attribute, value)
+
+    for _ in range(2):
+        assert streamed(browser, late) == "begun,None"
+        reader = browser.twin(app.another())
+        seen = reader.run(lambda: (getattr(session, attribute), session["a"], session.version))
+        assert seen == (value, 1, 2)
+    users = app.flask.extensions["luasession"].sessions_of
+    owner = value if attribute == "principal" else "ada"
+    assert [len(users(user)) for user in ("ada", "bob")] == [owner == "ada", owner == "bob"]

@@ -149,6 +149,52 @@ def test_write_skew_under_raise_and_serializable(make_app: MakeApp) -> None:
     assert skew("serializable", 409) == {"key": ["base"], "count": 1}
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("policy", "status"), [("raise", 200), ("serializable", 409)])
+def test_write_skew_with_an_atomic_update(make_app: MakeApp, policy: str, status: int, whole: bool) -> None:
+    """Under "serializable" an atomic update counts what else was read, one key or all, and then refuses."""
+    app = make_app(SESSION_CONFLICT=policy)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=0, n=0))
+    other = browser.twin()
+
+    def theirs() -> None:
+        session["a"] += 1 if session["n"] == 0 else 100
+
+    def ours() -> None:
+        assert (dict(session)["a"] if whole else session["a"]) == 0
+        other.run(theirs)
+        session.atomic_update("n", lambda n: n + 1)
+
+    browser.run(ours, status=status)
+    assert browser.twin(app.another()).run(lambda: dict(session)) == {"a": 1, "n": int(status == 200)}
+
+
+@pytest.mark.parametrize("read", ["nothing", "the key", "another key"])
+def test_a_serializable_atomic_update_goes_on_by_itself(make_app: MakeApp, read: str) -> None:
+    """Where nothing else that it has read was changed, it runs again until it is stored on what it was given."""
+    app = make_app(SESSION_CONFLICT="serializable")
+    browser = app.browser()
+    browser.run(lambda: session.update(n=0, a=1))
+    other = browser.twin()
+    given: list[int] = []
+
+    def increment(n: int) -> int:
+        given.append(n)
+        if len(given) < 3:
+            other.run(lambda: session.atomic_update("n", lambda n: n + 10))
+        return n + 1
+
+    def view() -> Any:
+        if read != "nothing":
+            assert session["n" if read == "the key" else "a"] in (0, 1)
+        return session.atomic_update("n", increment)
+
+    assert browser.run(view) == 21
+    assert given == [0, 10, 20]
+    assert browser.twin(app.another()).run(lambda: session["n"]) == 21
+
+
 def test_overlapping_flashes_all_arrive(app: TestApp) -> None:
     """Messages flashed by overlapping requests are all shown, each once."""
     from flask import flash, get_flashed_messages

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from flask import session
 
-from luasession import SessionTooLarge
+from luasession import SessionConflict, SessionTooLarge, session_destroyed
 
 from .conftest import MakeApp, TestApp
 
@@ -78,3 +80,61 @@ def test_too_large_stores_nothing(make_app: MakeApp) -> None:
     assert browser.run(lambda: sorted(session)) == ["a"]
     browser.run(lambda: session.update(a="z" * 900))
     assert browser.run(lambda: session["a"]) == "z" * 900
+
+
+def test_what_is_added_to_a_refused_commit_is_sent(make_app: MakeApp) -> None:
+    """A view that was told that it was too much, and puts less there instead, has that stored."""
+    app = make_app(SESSION_MAX_BYTES=1000)
+    browser = app.browser()
+
+    def view() -> None:
+        session["b"] = "y" * 2000
+        with pytest.raises(SessionTooLarge):
+            session.commit()
+        session["b"] = "less"
+
+    browser.run(view)
+    assert browser.run(lambda: dict(session)) == {"b": "less"}
+
+
+@pytest.mark.parametrize("wrong", ["type", "large"])
+@pytest.mark.parametrize("midway", [False, True])
+def test_a_destroy_with_what_cannot_be_stored(make_app: MakeApp, wrong: str, midway: bool) -> None:
+    """destroy() and a value that cannot be stored is an error, after which the old session is as it was."""
+    app = make_app(SESSION_MAX_BYTES=1000)
+    told: list[Any] = []
+    session_destroyed.connect(lambda _app, **about: told.append(about), app.flask, weak=False)
+    browser = app.browser()
+    browser.run(lambda: session.update(cart=["book"]))
+    before = app.stored(browser.run(lambda: session.handle))
+
+    def view() -> None:
+        session.destroy()
+        session["user"] = object() if wrong == "type" else "x" * 2000
+        if midway:
+            session.commit()
+
+    browser.run(view, status=500 if wrong == "type" else 413)
+    assert browser.set_cookies == {}
+    assert told == []
+    assert app.stored(browser.run(lambda: session.handle)) == before
+    for reader in (browser, browser.twin(app.another())):
+        assert reader.run(lambda: dict(session)) == {"cart": ["book"]}
+
+
+def test_an_end_is_an_addition_to_a_refused_commit(make_app: MakeApp) -> None:
+    """The refused value itself, set again with an end, is sent as any other change of mind is."""
+    app = make_app(SESSION_CONFLICT="raise")
+    browser = app.browser()
+    browser.run(lambda: session.update(n=1))
+    twin = browser.twin()
+
+    def view() -> None:
+        session["n"] += 1
+        twin.run(lambda: session.update(n=5))
+        with pytest.raises(SessionConflict):
+            session.commit()
+        session.set("n", session["n"], ttl=60)
+
+    browser.run(view, status=409)
+    assert browser.run(lambda: session["n"]) == 5

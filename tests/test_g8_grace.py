@@ -173,3 +173,23 @@ def test_a_second_click_is_one_commit(app: TestApp) -> None:
 
     second.run(view)
     assert second.twin().run(lambda: session.version) == 1
+
+
+@pytest.mark.parametrize("in_flight", [True, False])
+def test_a_touch_under_a_former_secret_repeats_no_id(make_app: MakeApp, in_flight: bool) -> None:
+    """A read from the cache that a rotation overtakes is told so by its touch, and sends the old id to nobody."""
+    app = make_app(SESSION_PERMANENT=True, SESSION_TOUCH_INTERVAL=0, SESSION_CACHE_TTL=60.0)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    browser.run(see)
+    assert "session" in browser.set_cookies
+    other = browser.twin()
+
+    def view() -> None:
+        see()
+        time.sleep(0.05)  # ages are exact to a call's transit; this is well over it
+        other.run(lambda: session.regenerate(in_flight))
+
+    browser.run(view)
+    assert "session" not in browser.set_cookies
+    assert other.run(lambda: session["a"]) == 1

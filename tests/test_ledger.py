@@ -369,7 +369,7 @@ def test_a_whole_session_of_ones_own() -> None:
     ledger.set("b", ledger.get("b") + 1)
     whole = ledger.whole(ledger.delta()._replace(label=Change("mine")))
     assert {name: CODEC.loads(put.value) for name, put in whole.sets.items()} == {b"b": 3, b"c": 3}
-    assert whole.sets[b"c"].ttl_ms == 50
+    assert whole.sets[b"c"].ttl_ms == KEPT + NOW_MS + 50
     assert (whole.principal, whole.label, whole.lifetime_ms) == (Change("ada"), Change("mine"), 9)
     assert (whole.deletes, whole.permanent) == ({}, False)
     changed = ledger.whole(ledger.delta()._replace(principal=Change("bob"), lifetime_ms=0, permanent=True))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from flask import Flask, Response, session, stream_with_context
+from flask import Flask, Response, request_finished, session, stream_with_context
 from flask.sessions import SecureCookieSessionInterface
 from flask_login import (
     LoginManager,
@@ -106,6 +106,19 @@ def test_a_log_in_of_a_new_visitor(app: TestApp) -> None:
     browser = app.browser()
     assert counted(app, session_rotated, lambda: log_in(browser)) == 0
     assert browser.run(see) == (7, "7")
+    assert handles(app) == [handle_of(browser)]
+
+
+def test_a_log_in_of_a_new_visitor_stays_one(app: TestApp) -> None:
+    """What is written once the response is made, an audit say, takes nothing away from a first log-in."""
+    browser = app.browser()
+
+    def audit(*_: Any, **_about: Any) -> None:
+        session["audited"] = 1
+
+    with request_finished.connected_to(audit, app.flask):
+        assert counted(app, session_rotated, lambda: log_in(browser)) == 0
+    assert browser.run(lambda: (see(), session["audited"])) == ((7, "7"), 1)
     assert handles(app) == [handle_of(browser)]
 
 
@@ -453,3 +466,13 @@ def test_flask_login_is_not_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_login_manager_of_another_kind(make_valkey_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an app calls its login manager need not be Flask-Login's, which need not be installed."""
+    monkeypatch.setitem(sys.modules, "flask_login", None)
+    app = make_valkey_app()
+    app.flask.login_manager = object()  # type: ignore[attr-defined]
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    assert browser.run(lambda: dict(session)) == {"a": 1}

@@ -274,6 +274,22 @@ def test_an_index_is_kept_for_the_longest_session(make_app: MakeApp) -> None:
         assert client.pttl(index_key(app)) == -1
 
 
+def test_an_index_that_had_an_end_is_kept_for_sessions_without_one(make_app: MakeApp) -> None:
+    """Once an absolute lifetime is no longer set, the index outlives the sessions that are entered since."""
+    limited = make_app(SESSION_ABSOLUTE_LIFETIME=60)
+    first = log_in(limited.browser())
+    app = limited.another(SESSION_ABSOLUTE_LIFETIME=None)
+    browser = app.browser()
+    second = log_in(browser)
+    last = log_in(limited.browser())
+    assert app.server is not None
+    with app.server.client() as client:
+        assert client.pttl(index_key(app)) > timedelta(days=36_500) / timedelta(milliseconds=1)
+    assert handles(app) == [first, second, last]
+    assert sessions(app).revoke_all("ada") == 3
+    assert browser.twin(app.another()).run(lambda: dict(session)) == {}
+
+
 def test_looking_keeps_no_session_alive(make_app: MakeApp) -> None:
     """sessions_of and edit without a change refresh no TTL, whatever the touch interval."""
     app = make_app(SESSION_TOUCH_INTERVAL=0)

@@ -268,6 +268,57 @@ def test_a_rotation_ends_what_a_renewal_left_in_force(app: TestApp) -> None:
     assert browser.run(lambda: dict(session)) == {"user": "ann", "secret": 1}
 
 
+@pytest.mark.parametrize("user", [None, "bob"], ids=["may commit", "is dropped"])
+def test_an_offer_that_a_rotation_has_cancelled_is_not_sent(app: TestApp, user: str | None) -> None:
+    """A request that has read an offer, and finds by its commit that a rotation came after it, sends no id."""
+    browser, _ = begin(app)
+    late = deaf(browser)
+
+    def log_in() -> None:
+        session.regenerate()
+        session["user"] = "bob"
+        session.principal = user
+
+    def view() -> None:
+        session.get("n")
+        time.sleep(0.05)  # ages are exact to a call's transit; this is well over it
+        browser.run(log_in)
+        session["n"] = 1
+
+    late.run(view)
+    assert "session" not in late.set_cookies
+    # Whatever else the late answer carries, the browser stays where the log-in has put it.
+    for name, line in late.set_cookies.items():
+        browser.client.set_cookie(name, line.partition("=")[2].partition(";")[0])
+    assert browser.run(lambda: (session["user"], session.get("n"))) == ("bob", None if user else 1)
+
+
+@pytest.mark.parametrize("error", ["type", "conflict", "large"])
+def test_an_offer_goes_with_no_error(make_app: MakeApp, error: str) -> None:
+    """An offer that was met while reading is not sent with an error response; the old id stays in force."""
+    app = make_app(
+        SESSION_RENEW_AFTER=HOUR, SESSION_CACHE_TTL=0, SESSION_CONFLICT="raise", SESSION_MAX_BYTES=1000
+    )
+    browser, handle = begin(app, n=1)
+
+    def view() -> None:
+        session["n"] += 1
+        if error == "conflict":
+            with app.flask.extensions["luasession"].edit(handle) as edited:
+                edited["n"] = 5
+        if error == "type":
+            session["n"] = object()
+        if error == "large":
+            session["n"] = "x" * 2000
+
+    browser.run(view, status={"type": 500, "conflict": 409, "large": 413}[error])
+    assert browser.set_cookies == {}
+    assert user(browser) == "ann"
+    age(app, handle, 2 * MINUTE)
+    assert user(browser) == "ann"
+    assert "session" in browser.set_cookies
+
+
 @pytest.mark.parametrize("in_flight", [True, False])
 def test_in_flight_over_a_rotation_after_a_renewal(app: TestApp, in_flight: bool) -> None:
     """Open under the id from before the renewal, a request may commit over a rotation if that lets it."""

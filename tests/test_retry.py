@@ -76,6 +76,15 @@ def test_the_last_attempt_ends_in_409(app: TestApp) -> None:
     assert browser.run(lambda: dict(session)) == {"hits": 2}
 
 
+def test_a_refresh_goes_with_no_conflict(make_app: MakeApp) -> None:
+    """The answer of a last attempt repeats no id, as no error met at the end of a request does."""
+    app = make_app(SESSION_PERMANENT=True, SESSION_TOUCH_INTERVAL=0, SESSION_CACHE_TTL=0)
+    browser = app.browser()
+    browser.run(lambda: session.update(hits=0))
+    browser.run(retry_on_conflict(attempts=2, backoff=0)(Interfering(browser, 5)), status=409)
+    assert browser.set_cookies == {}
+
+
 def test_an_async_view_runs_again(app: TestApp) -> None:
     """An async view is retried as a plain one, and stays async for Flask."""
     browser = app.browser()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from flask import current_app, session
 
-from luasession import merge, signals
+from luasession import merge, retry_on_conflict, signals
 
 from .conftest import Browser, MakeApp, TestApp
 
@@ -112,6 +112,19 @@ def test_a_first_session_is_not_rotated(app: TestApp) -> None:
     assert [name for name, _ in ears.take()] == ["session_created"]
 
 
+@pytest.mark.parametrize("how", ["never was", "ended"])
+def test_a_session_in_the_place_of_a_dead_one_is_not_rotated(app: TestApp, how: str) -> None:
+    """Nor where the browser came with an id that names nothing: its session is a first one."""
+    browser, _ = started(app)
+    late = browser.twin()
+    browser.run(lambda: session.destroy())
+    if how == "never was":
+        late.client.set_cookie("session", "x" * 22 + "." + "y" * 43)
+    ears = Ears(app)
+    late.run(lambda: (session.update(a=1), session.regenerate()))
+    assert [name for name, _ in ears.take()] == ["session_created"]
+
+
 @pytest.mark.parametrize("how", ["clear", "destroy"])
 def test_destroyed(app: TestApp, how: str) -> None:
     """destroy(), and clear() with nothing after it, tell session_destroyed, once."""
@@ -163,6 +176,29 @@ def test_discarded(app: TestApp, how: str) -> None:
         ("session_destroyed", {"handle": handle}),
         ("session_discarded", {"handle": handle, "reason": "gone"}),
     ]
+
+
+@pytest.mark.parametrize("error", ["type", "large", "conflict", "retries"])
+def test_an_error_is_told_by_itself(make_app: MakeApp, error: str) -> None:
+    """What an exception has told is not told as a discard, too: the request was answered with the error."""
+    app = make_app(SESSION_MAX_BYTES=1000, SESSION_CONFLICT="overwrite" if error == "retries" else "raise")
+    browser, _ = started(app, n=1)
+    other = browser.twin()
+    ears = Ears(app)
+
+    def view() -> None:
+        session["n"] += 1
+        if error in ("conflict", "retries"):
+            other.run(lambda: session.update(n=session["n"] + 10))
+        if error == "type":
+            session["a"] = object()
+        if error == "large":
+            session["a"] = "x" * 2000
+
+    wrapped = retry_on_conflict(attempts=2, backoff=0)(view) if error == "retries" else view
+    browser.run(wrapped, status={"type": 500, "large": 413}.get(error, 409))
+    assert "session_discarded" not in [name for name, _ in ears.take()]
+    assert app.stats()["discards"] == 0
 
 
 def test_discarded_after_a_rotation(app: TestApp) -> None:

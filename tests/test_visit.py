@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from luasession import SessionUnavailable
+from luasession import CorruptSession, SessionUnavailable, visit
 from luasession.client import Patience
 from luasession.config import Config
 from luasession.delta import Change, Delta, Put
@@ -240,6 +240,26 @@ def test_the_index_comes_first() -> None:
     assert store.index.leave.call_args.args[:2] == ("bob", [ID.handle])
 
 
+@pytest.mark.parametrize(("seconds", "entries"), [(1.9, 1), (2.1, 2)])
+def test_an_entry_that_has_grown_old_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, entries: int
+) -> None:
+    """A log-in that is tried again later than the deadline is entered again, before the session says so."""
+    delta = Delta(base=image(1).pair, principal=Change("ada"))
+    conflicting = Conflicting(image(2).pair, {}, everything=False)
+    store = store_with()
+    store.commit.side_effect = [conflicting, applied(3)]
+    moment = [0]
+    monkeypatch.setattr(visit, "now_ns", lambda: moment[0])
+    log_in = visit_to(store)
+    assert log_in.commit(delta) is conflicting
+    moment[0] += int(seconds * 1e9)
+    log_in.commit(delta)
+    names = [call[0] for call in store.method_calls if call[0] in ("enter", "commit")]
+    assert names == ["enter", "commit", *["enter"] * (entries - 1), "commit"]
+    assert {call.args[:2] for call in store.enter.call_args_list} == {("ada", ID.handle)}
+
+
 def test_a_stale_entry_fails_no_log_out() -> None:
     """The session ends although its entry cannot be taken out."""
     theirs = image(1)._replace(principal="bob")
@@ -272,12 +292,22 @@ def test_a_refresh_when_it_is_due(ago: int, calls: int) -> None:
     assert visit.refreshed is bool(calls)
 
 
-def test_a_refresh_that_fails_fails_nothing() -> None:
-    """A read stays a read where the server cannot be asked."""
+@pytest.mark.parametrize("error", [SessionUnavailable("down"), CorruptSession("spoiled")], ids=repr)
+def test_a_refresh_that_fails_fails_nothing(error: Exception) -> None:
+    """A read stays a read where the server cannot be asked, or answers with what is no session any more."""
     old = Snapshot(identity(ID.secret), state(1, touched_ms=0), {})
-    visit, store = touched_by(old, confirm=SessionUnavailable("down"))
+    visit, store = touched_by(old, confirm=error)
     assert store.confirm.call_count == 1
     assert (visit.refreshed, visit.failed) == (False, False)
+
+
+@pytest.mark.parametrize("standing", [Standing.FORMER, Standing.LIVE])
+def test_a_refresh_under_a_former_secret(standing: Standing) -> None:
+    """A request that was rotated away meanwhile has refreshed the session, and not the id in its browser."""
+    old = Snapshot(identity(ID.secret), state(1, touched_ms=0), {})
+    visit, _ = touched_by(old, confirm=Loaded(standing, image(2), touched=True))
+    assert (visit.standing, visit.seen) == (standing, image(2))
+    assert visit.refreshed is (standing is Standing.LIVE)
 
 
 # From outside of a request.
