@@ -15,6 +15,7 @@ from flask.testing import FlaskClient
 from hypothesis import settings
 from werkzeug.test import TestResponse
 
+import luasession.store
 from luasession import Session
 
 from .proxy import Proxy
@@ -91,6 +92,12 @@ def sentinels() -> Iterator[Callable[[str], SentinelTopology]]:
     """Give the sentinels of a kind, and what they watch, started when they are first wanted."""
     with ExitStack() as stack:
         yield cache(lambda kind: (require(kind), stack.enter_context(sentinel(kind)))[1])
+
+
+@pytest.fixture
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have even a small session confirmed by load.lua, as a large one is, so that only changes travel."""
+    monkeypatch.setattr(luasession.store, "SMALL", -1)
 
 
 class Browser:

@@ -286,6 +286,7 @@ def test_a_newer_format_is_refused_with_words(target: Target, view: Callable[[],
     assert browser.set_cookies == {}
 
 
+@pytest.mark.usefixtures("nothing_is_small")
 @pytest.mark.parametrize("lifetime", ["-5", "0", "x", "1e3", "", "9" * 15])
 @pytest.mark.parametrize("view", [see, write])
 def test_a_stored_lifetime_that_is_none(target: Target, view: Callable[[], Any], lifetime: str) -> None:

@@ -71,6 +71,7 @@ def test_no_cache_at_all(make_app: MakeApp) -> None:
     assert app.stats()["cache_hits"] == 0
 
 
+@pytest.mark.usefixtures("nothing_is_small")
 def test_a_base_beyond_the_journal_is_read_whole(make_app: MakeApp) -> None:
     """A process whose snapshot is older than the journal gets all there is, deletions included."""
     app = make_app(SESSION_CACHE_TTL=0)
@@ -89,6 +90,7 @@ def test_a_base_beyond_the_journal_is_read_whole(make_app: MakeApp) -> None:
     assert browser.run(lambda: dict(session)) == expected
 
 
+@pytest.mark.usefixtures("nothing_is_small")
 def test_a_clear_elsewhere_is_read_whole(make_app: MakeApp) -> None:
     """A process whose snapshot is from before a clear gets what was set after it and nothing else."""
     app = make_app(SESSION_CACHE_TTL=0)

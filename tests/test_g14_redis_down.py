@@ -78,6 +78,7 @@ def test_back_within_the_deadline(own_server: Server) -> None:
     assert browser.run(lambda: dict(session)) == {"a": 1, "b": 1}
 
 
+@pytest.mark.usefixtures("nothing_is_small")
 def test_scripts_flushed_between_requests(own_server: Server) -> None:
     """SCRIPT FLUSH between any two requests shows nowhere but in the counter."""
     app = app_on(own_server)

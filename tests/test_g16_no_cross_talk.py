@@ -139,6 +139,7 @@ CALLS = {
 }
 
 
+@pytest.mark.usefixtures("nothing_is_small")
 @pytest.mark.parametrize("call", CALLS)
 def test_a_connection_that_lost_step(make_valkey_app: MakeApp, client: dict[str, Any], call: str) -> None:
     """On a connection with somebody else's reply in it every call is answered right or with 503."""
@@ -320,6 +321,7 @@ CROSSED = {
 }
 
 
+@pytest.mark.usefixtures("nothing_is_small")
 @pytest.mark.parametrize("deadline", [0, 10])
 @pytest.mark.parametrize("call", CROSSED)
 def test_a_crossed_reply(proxy: Proxy, make_valkey_app: MakeApp, call: str, deadline: int) -> None:

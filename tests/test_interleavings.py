@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import luasession.cache
+import luasession.store
 from luasession import merge
 from luasession.policy import Policies
 
@@ -41,6 +42,9 @@ from .interleaving import (
     y_from_x,
 )
 from .mutations import mutated
+
+# The sessions are small, and what is to be enumerated are the ways of large ones, too: see "always read".
+pytestmark = pytest.mark.usefixtures("nothing_is_small")
 
 VIEWS: tuple[View, ...] = (
     read,
@@ -121,10 +125,15 @@ def check_explained(run: Run, *, reads: bool = True) -> None:
 # Two requests, all pairs.
 
 
-@pytest.mark.parametrize("cache", ["warm", "cold", "always asked", "none"])
-def test_two_requests_under_overwrite(make_valkey_app: MakeApp, play: Any, cache: str) -> None:
+@pytest.mark.parametrize("cache", ["warm", "cold", "always asked", "always read", "none"])
+def test_two_requests_under_overwrite(
+    make_valkey_app: MakeApp, play: Any, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under "overwrite" each key is as its last commit has it, and the dead stay dead, whatever is cached."""
-    app = make_valkey_app(SESSION_CACHE_TTL={"always asked": 0, "none": None}.get(cache, 2.0))
+    if cache == "always read":
+        monkeypatch.setattr(luasession.store, "SMALL", 2048)
+    cache_ttl = {"always asked": 0, "always read": 0, "none": None}.get(cache, 2.0)
+    app = make_valkey_app(SESSION_CACHE_TTL=cache_ttl)
     for run in play(pairs(VIEWS if cache == "warm" else MOST, app, cold=cache == "cold")):
         assert all(request.status == 200 for request in run.requests)
 

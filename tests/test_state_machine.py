@@ -372,11 +372,16 @@ class Machine(RuleBasedStateMachine):
 
 @pytest.fixture
 def two_processes(make_valkey_app: MakeApp, request: pytest.FixtureRequest) -> type[Machine]:
-    app = make_valkey_app(SESSION_CACHE_TTL=request.param)
+    cache_ttl, large = request.param
+    if large:
+        request.getfixturevalue("nothing_is_small")
+    app = make_valkey_app(SESSION_CACHE_TTL=cache_ttl)
     return type("Browser", (Machine,), {"apps": (app, app.another())})
 
 
-@pytest.mark.parametrize("two_processes", [60.0, 0, None], indirect=True)
+@pytest.mark.parametrize(
+    "two_processes", [(60.0, False), (60.0, True), (0, False), (0, True), (None, False)], indirect=True
+)
 def test_requests_in_any_order(two_processes: type[Machine]) -> None:
     """Whatever overlapping requests do in whatever order, what is read and stored is what the model says."""
     run_state_machine_as_test(

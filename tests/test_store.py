@@ -53,6 +53,7 @@ def test_the_first_use_loads_the_scripts(make_app: MakeApp) -> None:
     assert app.stats()["script_reloads"] == 0
 
 
+@pytest.mark.usefixtures("nothing_is_small")
 def test_each_script_comes_back_by_itself(own_server: Server) -> None:
     """A script that the server has forgotten is sent as text, once, and counted; the answer is right."""
     app = TestApp(own_server, {"SESSION_CACHE_TTL": 0})

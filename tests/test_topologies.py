@@ -193,6 +193,7 @@ def connections(app: TestApp, browser: Browser) -> Connections:
     return found
 
 
+@pytest.mark.usefixtures("nothing_is_small")
 def test_a_lost_reply_is_one_commit(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     """A commit whose reply is lost is sent again, on the way of that topology, and applied once."""
     app = make_app(SESSION_CACHE_TTL=0)

@@ -12,7 +12,7 @@ from luasession.client import Patience
 from luasession.config import Config
 from luasession.delta import Change, Delta, Put
 from luasession.errand import Errand
-from luasession.ids import SessionId, new_session_id
+from luasession.ids import SessionId
 from luasession.outcome import Applied, Conflicting, Loaded, Refused, Standing
 from luasession.snapshot import Snapshot
 from luasession.store import Caller, Store
@@ -20,7 +20,7 @@ from luasession.visit import Visit, now_ns
 
 from .images import NOW_MS, identity, image, state, write_id
 
-ID = new_session_id(32)
+ID = SessionId("AQIDBAUGBwgJCgsMDQ4PEA", "s" * 43)
 SETTINGS = {"PERMANENT_SESSION_LIFETIME": 3600}
 WRITE = Delta(sets={b"a": Put(b"1")})
 
