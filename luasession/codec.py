@@ -257,6 +257,8 @@ class JSONSerializer(_Tagged):
     def _encode(self, plain: Any) -> bytes:
         if type(plain) is str:
             return _dump_text(encode_basestring(plain))
+        if plain is None:
+            return b"null"
         return _dump_text(str(plain) if type(plain) is int else self._encoder.encode(plain))
 
     def loads(self, data: bytes) -> Any:
@@ -360,6 +362,8 @@ def is_immutable(value: Any) -> bool:
     That is an exact scalar type of those that a session keeps, or a tuple or
     frozenset made wholly of these.
     """
+    if type(value) in _IMMUTABLE:
+        return True
     # A list and no recursion: a value may be nested more deeply than the stack has room left.
     pending = [value]
     while pending:

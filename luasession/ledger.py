@@ -114,11 +114,17 @@ class Ledger:
             return self._live[key]
         if key in self._deletes or self.cleared or not isinstance(key, str):
             raise KeyError(key)
-        raw = self._stored(key)
+        snapshot = self.snapshot()
+        self._reads.add(key)
+        name = field_name(key)
+        raw = None if snapshot is None else snapshot.value(name, self._now_ms)
         if raw is None:
             raise KeyError(key)
+        return self._decode(key, name, raw)
+
+    def _decode(self, key: str, name: bytes, raw: bytes) -> Any:
         try:
-            raw = self._source.open(field_name(key), raw)
+            raw = self._source.open(name, raw)
             value = self._values.load(raw)
         except Exception as error:
             if key not in self._corrupt_keys:
@@ -133,30 +139,25 @@ class Ledger:
 
     def keys(self) -> Iterator[str]:
         """Yield the keys that are there, stored ones first."""
-        stored: list[str] = []
+        stored: dict[str, bytes] = {}
+        snapshot = None
         if not self.cleared:
             self._read_all = True
             snapshot = self.snapshot()
             if snapshot is not None:
-                stored = [
-                    key for name in snapshot.names(self._now_ms) if (key := session_key(name)) is not None
-                ]
-        for key in stored:
+                names = snapshot.names(self._now_ms)
+                stored = {key: name for name in names if (key := session_key(name)) is not None}
+        for key, name in stored.items():
             if key in self._deletes:
                 continue
-            if key not in self._sets:
+            if key not in self._live and snapshot is not None:
+                self._reads.add(key)
                 try:
-                    self.get(key)
+                    self._decode(key, name, snapshot.fields[name])
                 except KeyError:
                     continue
             yield key
-        held = set(stored)
-        yield from [key for key in self._sets if key not in held]
-
-    def _stored(self, key: str) -> bytes | None:
-        snapshot = self.snapshot()
-        self._reads.add(key)
-        return None if snapshot is None else snapshot.value(field_name(key), self._now_ms)
+        yield from [key for key in self._sets if key not in stored]
 
     # -- changing -----------------------------------------------------------
 
