@@ -195,7 +195,7 @@ def _contention(result: dict[str, Any], theme: Theme) -> Figure:
     taken.yaxis.set_major_formatter("{x:g}")
     best = max(row["kept"] for row in rows)
     _note(kept, "luasession, and what waits for a lock", (many[-1], best), (-4, 13), theme)
-    _note(kept, "signed cookie and Flask-Session", (many[-1], 1), (0, 12), theme)
+    _note(kept, "signed cookie and Flask-Session", (many[-2], 1), (-24, 12), theme)
     _legend(figure, [kept], theme)
     return figure
 
@@ -221,6 +221,8 @@ def _system(result: dict[str, Any], theme: Theme) -> Figure:
         _served(rate, late, rows, theme)
         rate.set_title(words, loc="left")
         late.set_title("P50 dot, P90 diamond, P99 bar", loc="left")
+    # Shared, so that it has to hold for all rows.
+    late.set_xlim(0, 1.04 * max(row["p99"] for rows in groups.values() for row in rows) / 1e3)
     rate.set_xlabel("requests per second: right is better")
     late.set_xlabel("milliseconds: left is better")
     return figure
@@ -262,7 +264,6 @@ def _served(rate: Axes, late: Axes, rows: list[Row], theme: Theme) -> None:
     rate.set_yticks(places, [row["peer"] for row in rows])
     rate.invert_yaxis()
     rate.margins(x=0.16)
-    late.set_xlim(left=0)
     for axes in (rate, late):
         _finish(axes, theme, "x")
     late.tick_params(axis="y", length=0)
