@@ -78,6 +78,7 @@ class Sentinels:
         self._first = self._sentinels[0]
         self._last: tuple[Address, Connections] | None = None
         self._sure = False
+        self._doubted = False
         self._due = 0.0
 
     def of(self, _key: bytes) -> Connections:
@@ -110,16 +111,19 @@ class Sentinels:
             self._sure = False
 
     def doubt(self, _server: Connections) -> bool:
-        """Ask the sentinels before the next call."""
-        self._sure = False
+        """Ask all sentinels before the next call: one that was the last to hear of a failover is as wrong."""
+        self._sure, self._doubted = False, True
         return True
 
     def _find(self) -> Connections:
         heard: list[str] = []
         passing = False
         begun = _now()
+        everybody, self._doubted = self._doubted, False
+        # The number of the failover that a sentinel has last heard of, and what it says.
+        newest: tuple[int, Connections, Address] | None = None
         for sentinel in sorted(self._sentinels, key=lambda each: each is not self._first):
-            if heard and _now() - begun > self._seconds:
+            if (heard or newest) and _now() - begun > self._seconds:
                 break
             try:
                 _, reply = sentinel.ask((b"SENTINEL", b"MASTER", self._service), self._is_state)
@@ -138,8 +142,18 @@ class Sentinels:
                 heard.append(f"{sentinel}: it sees too few other sentinels")
                 passing = True
             else:
-                self._first = sentinel
-                return self._settle((state[b"ip"].decode(), int(state[b"port"])))
+                said = (
+                    int(state.get(b"config-epoch", 0)),
+                    sentinel,
+                    (state[b"ip"].decode(), int(state[b"port"])),
+                )
+                if newest is None or said[0] > newest[0]:
+                    newest = said
+                if not everybody:
+                    break
+        if newest is not None:
+            self._first = newest[1]
+            return self._settle(newest[2])
         named = self._service.decode(errors="replace")
         raise Nowhere(f"no sentinel names a primary of {named}: {'; '.join(heard)}", passing=passing)
 

@@ -246,6 +246,22 @@ def test_whom_a_primary_is_asked_of() -> None:
         assert words in str(caught.value)
 
 
+def test_in_doubt_all_sentinels_are_asked() -> None:
+    """One that has not heard of the last failover is outvoted by its number; without doubt the first one will do."""
+    behind = Fake("a", {**STATE, b"config-epoch": b"3"})
+    ahead = Fake("b", {**STATE, b"ip": b"q", b"config-epoch": b"4"})
+    gone = Fake("c", redis.ConnectionError("refused"))
+    found = Sentinels([behind, gone, ahead], "main", lambda host, port: Fake(host), 1, 1)
+    primary = found.of(b"key")
+    assert (str(primary), ahead.asked) == ("p:1", 0)
+    assert found.doubt(primary)
+    assert str(found.of(b"key")) == "q:1"
+    # From then on the one that knew better is asked, alone.
+    found._due = 0
+    assert str(found.of(b"key")) == "q:1"
+    assert [each.asked for each in (behind, gone, ahead)] == [2, 1, 2]
+
+
 # Failovers.
 
 
