@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ def found() -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.mutations"],
         cwd=root,
+        # What somebody has pytest do besides is not for the runs within.
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
         capture_output=True,
         text=True,
         timeout=300,
