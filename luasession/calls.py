@@ -115,7 +115,11 @@ class Calls:
         text = script(name)
         key = self.key(handle)
 
+        since = began = 0
+
         def words(sent: int, first: int, known: bool) -> tuple[bytes, ...]:
+            nonlocal began
+            began = first = since or first
             if not known:
                 self._stats.add("script_reloads")
             how = (b"EVALSHA", text.sha) if known else (b"EVAL", text.text)
@@ -132,7 +136,9 @@ class Calls:
         if reply[0] == Code.MISSING and now_ns() - sent > _SLOW and self.client.doubt(server):
             # A primary that hung and was replaced meanwhile answers, when it goes on, what was sent to it
             # before it hears of that. It knows no secret and no session that its successor has made, and
-            # whoever believed it would begin a new session, and take the browser out of its own.
+            # whoever believed it would begin a new session, and take the browser out of its own. This is one
+            # more sending of the same, as an earlier one may have been applied elsewhere (G6).
+            since = began
             sent, reply, server = self.client.call(words, accept, caller.patience, wait, key)
         _set_clock(server, int.from_bytes(reply[2]), sent)
         return sent, reply

@@ -453,6 +453,21 @@ def _paused(servers: list[Server]) -> Iterator[None]:
             each.resume()
 
 
+@contextmanager
+def _hanging(
+    servers: list[Server], wait: Callable[[int], None], usual: int, all_pings_answered: Callable[[], bool]
+) -> Iterator[None]:
+    """Pause servers for the block, while whoever watches them waits longer than that."""
+    wait(60_000)
+    try:
+        with _paused(servers):
+            yield
+    finally:
+        # Before that they would take a server for one that has been down for as long as it was paused.
+        eventually(all_pings_answered)
+        wait(usual)
+
+
 @dataclass
 class SentinelTopology:
     """A primary, two replicas and three sentinels of the service ``main``."""
@@ -510,14 +525,8 @@ class SentinelTopology:
         def all_pings_answered() -> bool:
             return all(self._state(each)["last-ping-sent"] == "0" for each in self.sentinels)
 
-        wait_for_each(60_000)
-        try:
-            with _paused(servers):
-                yield
-        finally:
-            # Before that they would take the server for one that has been down for as long as it was paused.
-            eventually(all_pings_answered)
-            wait_for_each(500)
+        with _hanging(servers, wait_for_each, 500, all_pings_answered):
+            yield
 
     def settle(self) -> None:
         """Wait until all servers run, replicate, and are known to all sentinels: only so one is promoted."""
@@ -668,14 +677,8 @@ class ClusterTopology:
                     return False
             return True
 
-        wait_for_each(60_000)
-        try:
-            with _paused(servers):
-                yield
-        finally:
-            # Before that they would take the node for one that has been down for as long as it was paused.
-            eventually(all_pings_answered)
-            wait_for_each(1000)
+        with _hanging(servers, wait_for_each, 1000, all_pings_answered):
+            yield
 
     def settle(self) -> None:
         """Wait until all nodes agree that all is well, and all replicas replicate."""
