@@ -7,12 +7,12 @@ have it from Redis: the digest is compared here as it is there (G11).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from threading import Lock
 from typing import NamedTuple
 
 from cachetools import LRUCache
 
+from .delta import Delta
 from .ids import SessionId, same_digest
 from .snapshot import Pair, Snapshot
 
@@ -67,13 +67,15 @@ class SnapshotCache:
             self._store(handle, entry)
 
     def advance(
-        self, handle: str, replaced: Pair, make: Callable[[Snapshot], Snapshot], sent: int
+        self, handle: str, replaced: Pair, delta: Delta, metadata: tuple[bytes, bytes], now_ms: int, sent: int
     ) -> Snapshot | None:
         """Put the snapshot that an own commit made in the place of the one it replaced.
 
         An entry of any other pair is dropped: foreign changes lie between.
 
-        :param make: lays the delta over the snapshot that it replaced.
+        :param delta: what was committed.
+        :param metadata: ``@i`` and ``@v`` as they now are.
+        :param now_ms: the moment of the commit, milliseconds of the server's clock.
         :return: the new snapshot, if the one that was replaced was here.
         """
         with self._lock:
@@ -83,7 +85,7 @@ class SnapshotCache:
             if held.snapshot.pair != replaced:
                 del self._entries[handle]
                 return None
-            snapshot = make(held.snapshot)
+            snapshot = delta.over(held.snapshot, *metadata, now_ms)
             self._store(handle, Entry(snapshot, sent))
             return snapshot
 

@@ -49,6 +49,7 @@ class Calls:
         self._stats = stats
         self._lock = Lock()
         self._client: Client | None = None
+        self._prefix = config.key_prefix.encode()
         replicas = config.wait_replicas
         self._wait = (replicas, config.wait_timeout_ms) if replicas else None
 
@@ -64,7 +65,7 @@ class Calls:
 
     def key(self, handle: str) -> bytes:
         """Return the key of a session."""
-        return (self._config.key_prefix + handle).encode()
+        return self._prefix + handle.encode()
 
     def now_ms(self, handle: str) -> int:
         """Return the clock of a session's server in milliseconds, as last seen and counted on."""
@@ -103,6 +104,7 @@ class Calls:
         arguments: Callable[[int, int], tuple[bytes, ...]],
         *,
         writes: bool = True,
+        meanwhile: Callable[[], None] | None = None,
     ) -> tuple[int, list[Any]]:
         """Run a script, and return when it was sent, and its reply.
 
@@ -110,6 +112,7 @@ class Calls:
         :param arguments: makes the others of the age of the request, and of the microseconds since the
             first sending, 0 if this is the first.
         :param writes: whether replicas have to acknowledge it, where that is asked for.
+        :param meanwhile: as for :meth:`Client.call`.
         :raise SessionUnavailable: if Redis does not answer within the deadline, or replicas do not.
         """
         text = script(name)
@@ -132,7 +135,7 @@ class Calls:
             return isinstance(reply, list) and len(reply) >= 3 and bool(reply[1] == call_id)
 
         wait = self._wait if writes else None
-        sent, reply, server = self.client.call(words, accept, caller.patience, wait, key)
+        sent, reply, server = self.client.call(words, accept, caller.patience, wait, key, meanwhile)
         if reply[0] == Code.MISSING and now_ns() - sent > _SLOW and self.client.doubt(server):
             # A primary that hung and was replaced meanwhile answers, when it goes on, what was sent to it
             # before it hears of that. It knows no secret and no session that its successor has made, and

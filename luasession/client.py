@@ -83,6 +83,7 @@ class Client:
         patience: Patience,
         wait: tuple[int, int] | None = None,
         key: bytes = b"",
+        meanwhile: Callable[[], None] | None = None,
     ) -> tuple[int, Any, Connections]:
         """Send one command until it is answered.
 
@@ -93,6 +94,8 @@ class Client:
             has lost step, and with it goes the reply.
         :param wait: so many replicas have to acknowledge within so many milliseconds.
         :param key: the key that the command is about.
+        :param meanwhile: called when the command has been sent, each time: what can be done while the server
+            works. It has to be quick, and must not fail.
         :return: when it was sent, the reply, undecoded, and the server that gave it.
         :raise SessionUnavailable: if there is no answer within the deadline, or one that does not pass
             by itself, or too few replicas acknowledged.
@@ -113,7 +116,8 @@ class Client:
                 connection = server.take()
                 sent = now_ns()
                 first = first or sent
-                reply = server.exchange(connection, lambda: words(sent, first, known), accept, wait, asking)  # noqa: B023
+                command = partial(words, sent, first, known)
+                reply = server.exchange(connection, command, accept, wait, asking, meanwhile)
             except Exception as error:
                 if not is_known(error):
                     raise

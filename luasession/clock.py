@@ -9,15 +9,12 @@ asked by number.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 
+#: Returns the monotonic clock in nanoseconds.
+now_ns: Callable[[], int]
 if hasattr(time, "clock_gettime_ns"):
-
-    def now_ns() -> int:
-        """Return the monotonic clock in nanoseconds."""
-        return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-
+    now_ns = partial(time.clock_gettime_ns, time.CLOCK_MONOTONIC)
 else:
-
-    def now_ns() -> int:
-        """Return the monotonic clock in nanoseconds."""
-        return time.monotonic_ns()
+    now_ns = time.monotonic_ns

@@ -158,15 +158,17 @@ class Connections:
         accept: Callable[[Any], bool],
         wait: tuple[int, int] | None = None,
         asking: bytes = b"",
+        meanwhile: Callable[[], None] | None = None,
     ) -> Any:
         """Send one command on a connection that was taken, return the reply, and give the connection back.
 
         :param wait: so many replicas have to acknowledge within so many milliseconds.
         :param asking: :data:`ASKING`, if the server takes the command only so.
+        :param meanwhile: called between sending and reading, while the server works.
         :raise SessionUnavailable: if too few replicas acknowledged.
         """
         try:
-            reply = self._exchange(connection, words(), wait, asking)
+            reply = self._exchange(connection, words(), wait, asking, meanwhile)
             if not accept(reply):
                 raise Unproven("the reply answers another call")
         except BaseException as error:
@@ -182,14 +184,22 @@ class Connections:
 
     @staticmethod
     def _exchange(
-        connection: Any, words: Sequence[bytes], wait: tuple[int, int] | None, asking: bytes
+        connection: Any,
+        words: Sequence[bytes],
+        wait: tuple[int, int] | None,
+        asking: bytes,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Any:
         if wait is None and not asking:
             connection.send_packed_command([_packed(words)])
+            if meanwhile is not None:
+                meanwhile()
             return connection.read_response(disable_decoding=True)
         # WAIT speaks of the writes of its own connection, and ASKING of its next command, so they share it.
         trailer = b"" if wait is None else _packed((b"WAIT", b"%d" % wait[0], b"%d" % wait[1]))
         connection.send_packed_command([asking + _packed(words) + trailer])
+        if meanwhile is not None:
+            meanwhile()
         if asking and _reply_or_error(connection) != b"OK":
             raise Unproven("the reply answers another call than ASKING")
         reply = _reply_or_error(connection)

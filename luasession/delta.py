@@ -134,7 +134,7 @@ class Delta(NamedTuple):
             lifetime_ms = principal = label = None
         else:
             ends = base.deadlines
-            fields, deadlines = _left_of(base, now_ms)
+            fields, deadlines = _left_of(base, now_ms) if ends else (dict(base.fields), {})
             lifetime_ms, principal, label = base.lifetime_ms, base.principal, base.label
         for name in self.deletes:
             fields.pop(name, None)

@@ -10,7 +10,7 @@ from flask.globals import request_ctx
 from . import login
 from .config import read_config
 from .interface import LuaSessionInterface
-from .session import LuaSession, transaction_of, visit_of
+from .session import LuaSession, transaction_of
 from .sessions import Sessions
 from .store import Store
 
@@ -52,7 +52,7 @@ def _save_late(_error: BaseException | None) -> None:
     # What a streamed response changed after the session was saved (G15). Nobody is there to be told of a
     # failure any more but the log.
     session = request_ctx._session  # noqa: SLF001 - the public name marks the session as accessed
-    if isinstance(session, LuaSession) and visit_of(session).used:
+    if isinstance(session, LuaSession):
         try:
             transaction_of(session).save_late()
         except Exception:

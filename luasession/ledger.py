@@ -92,7 +92,8 @@ class Ledger:
         if snapshot is not None:
             self._snapshot = snapshot
             self._base = snapshot.pair
-            self._now_ms = self._source.now_ms
+            if snapshot.deadlines:
+                self._now_ms = self._source.now_ms
 
     @property
     def position(self) -> tuple[Pair | None, tuple[bytes, ...]]:

@@ -22,17 +22,14 @@ class Policies:
 
     def __init__(self, default: Policy, by_key: Mapping[str, Policy]) -> None:
         self.default = default
+        #: Whether reads count as well as changes.
+        self.serializable = default == "serializable"
         self._exact = {**_BUILT_IN, **{key: by_key[key] for key in by_key if not key.endswith("*")}}
         self._patterns = sorted(
             ((key[:-1], policy) for key, policy in by_key.items() if key.endswith("*")),
             key=lambda pattern: len(pattern[0]),
             reverse=True,
         )
-
-    @property
-    def serializable(self) -> bool:
-        """Whether reads count as well as changes."""
-        return self.default == "serializable"
 
     def of(self, key: str) -> Policy:
         """Return the policy of a key."""

@@ -41,7 +41,8 @@ class LuaSession(SessionMixin):
         return self._transaction.ledger.get(key)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self.set(key, value)
+        _check_key(key)
+        self._transaction.set(key, value)
 
     def __delitem__(self, key: str) -> None:
         self._transaction.delete(key)

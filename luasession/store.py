@@ -189,9 +189,6 @@ class Store:
         """
         return stored if self._vault is None else self._vault.open(handle, name, stored)
 
-    def _sealed(self, handle: str, delta: Delta) -> Delta:
-        return delta if self._vault is None else self._vault.seal(handle, delta)
-
     def size_of(self, delta: Delta) -> int:
         """Return how many bytes of names and values a delta comes to as it is stored."""
         return delta.size + (len(delta.sets) * SEAL_BYTES if self._vault else 0)
@@ -204,46 +201,24 @@ class Store:
         delta: Delta,
         caller: Caller,
         *,
+        create: bool = False,
         rotate_to: SessionId | None = None,
         offer: SessionId | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Applied | Conflicting | Refused:
-        """Apply a delta to a session that is there.
+        """Apply a delta to a session, which has to be there, or must not be if it is to be created.
 
+        :param session_id: without a secret, it is the session whatever its secret is.
         :param rotate_to: the id that it has afterwards, if the delta rotates.
         :param offer: the id that it is to have next, if its secret is due to be renewed.
+        :param meanwhile: what can be done while the server works, as for :meth:`Client.call`.
         :raise SessionTooLarge: if it would outgrow ``SESSION_MAX_BYTES``.
         :raise SessionUnavailable: if Redis does not answer within the deadline, or
             answers that whether the commit was applied is no longer known.
         """
-        return self._commit(session_id.handle, session_id.digest, delta, caller, rotate_to, offer)
-
-    def commit_current(self, handle: str, delta: Delta, caller: Caller) -> Applied | Conflicting | Refused:
-        """Apply a delta under whatever secret is current, for calls from outside a request."""
-        return self._commit(handle, b"", delta, caller)
-
-    def create(self, session_id: SessionId, delta: Delta, caller: Caller) -> Applied | Refused:
-        """Start a session with a delta.
-
-        :raise SessionTooLarge: if it would be over ``SESSION_MAX_BYTES``.
-        :raise SessionUnavailable: as for :meth:`commit`.
-        """
-        result = self._commit(session_id.handle, session_id.digest, delta, caller, create=True)
-        if isinstance(result, Conflicting):
-            raise SessionUnavailable("a new session cannot be in conflict")
-        return result
-
-    def _commit(
-        self,
-        handle: str,
-        digest: bytes,
-        delta: Delta,
-        caller: Caller,
-        rotate_to: SessionId | None = None,
-        offer: SessionId | None = None,
-        *,
-        create: bool = False,
-    ) -> Applied | Conflicting | Refused:
-        delta = self._sealed(handle, delta)
+        handle, digest = session_id.handle, session_id.digest
+        if self._vault is not None:
+            delta = self._vault.seal(handle, delta)
         write_id = new_write_id()
         in_flight = delta.rotation is None or delta.rotation.in_flight
         numbers = self._numbers(create, delta.cleared, in_flight, caller.lifetime_ms, caller.uses)
@@ -254,7 +229,9 @@ class Store:
 
         here = self._here
         try:
-            sent, (code, _id, now_us, *rest) = self.calls.run("commit", handle, write_id, caller, arguments)
+            sent, (code, _id, now_us, *rest) = here.calls.run(
+                "commit", handle, write_id, caller, arguments, meanwhile=meanwhile
+            )
         except SessionUnavailable:
             # It may have been applied all the same: what is held here may be of before it.
             here.cache.drop(handle)
@@ -303,9 +280,7 @@ class Store:
             snapshot = delta.over(None, identity, state, now_ms)
             cache.put(handle, snapshot, sent)
         else:
-            snapshot = cache.advance(
-                handle, replaced, lambda held: delta.over(held, identity, state, now_ms), sent
-            )
+            snapshot = cache.advance(handle, replaced, delta, (identity, state), now_ms, sent)
         report = _paired(items) if items else _NOTHING
         return Applied(
             delta,

@@ -73,7 +73,7 @@ class Transaction:
         """Whether this request changed anything, nested values included."""
         return self.committed or self.destroyed or bool(self.changes) or self.ledger.changed()
 
-    def set(self, key: str, value: Any, ttl_ms: int) -> None:
+    def set(self, key: str, value: Any, ttl_ms: int = 0) -> None:
         """Set a key, without reading anything."""
         self.visit.used = True
         if self._saved:
@@ -206,9 +206,10 @@ class Transaction:
         self.visit.failed = self._told = True
         self.visit.refreshed, self.visit.offered = False, None
 
-    def save(self) -> None:
+    def save(self, meanwhile: Callable[[], None] | None = None) -> None:
         """Apply what is left at the end of the request; a delta without a session is dropped.
 
+        :param meanwhile: what can be done for the response while the commit is on its way.
         :raise SessionConflict: if a policy says so.
         :raise SessionUnavailable: if Redis does not answer within the deadline.
         :raise TypeError: if a value is of a type that cannot be stored.
@@ -221,6 +222,7 @@ class Transaction:
                 # It could not be read or stored, and whoever caught that error goes on. So it is told.
                 self._tell_discarded("unavailable")
             return
+        visit.meanwhile = meanwhile
         try:
             refused = self._apply()
             if refused is not None:
@@ -238,7 +240,8 @@ class Transaction:
 
     def save_late(self) -> None:
         """Apply what was changed after :meth:`save`, while the response was sent (G15)."""
-        if not self._saved or self.visit.failed or not self._may_have_changed():
+        visit = self.visit
+        if not (visit.used and self._saved) or visit.failed or not self._may_have_changed():
             return
         if self.destroyed or self.ledger.changed() or (self.changes and self._delta()):
             self.save()
@@ -391,7 +394,8 @@ class Transaction:
                 name: change for name, change in self.changes.items() if getattr(delta, name) is None
             }
         signal: NamedSignal = signals.session_created if created else signals.session_committed
-        self.visit.notify(signal, handle=self.handle, version=applied.version)
+        if signal.receivers:
+            self.visit.notify(signal, handle=self.handle, version=applied.version)
         if delta.rotation and not created:
             self.visit.notify(signals.session_rotated, handle=self.handle, version=applied.version)
 

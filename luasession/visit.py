@@ -18,7 +18,7 @@ from . import signals
 from .calls import Caller
 from .clock import now_ns
 from .config import Config
-from .delta import Delta
+from .delta import Change, Delta
 from .errors import CorruptSession, SessionUnavailable
 from .ids import SessionId, new_session_id, parse_session_id
 from .outcome import Applied, Conflicting, Refused, Standing
@@ -79,6 +79,8 @@ class Visit:
     ended = False
     #: Whether this request has read or changed anything.
     used = False
+    #: What can be done for the response while a commit is on its way, until :meth:`close`.
+    meanwhile: Callable[[], None] | None = None
     #: Whether it could not read what there is: nothing of it is stored, as nothing can be built on that.
     failed = False
 
@@ -213,9 +215,12 @@ class Visit:
             return self.create(delta)
         rotate_to = self._id.rotated(self.config.id_length) if delta.rotation else None
         offer = None if rotate_to else self._offer()
-        self._enter(self._id, delta)
+        if delta.principal is not None:
+            self._enter(self._id, delta.principal)
         try:
-            result = self._store.commit(self._id, delta, self.caller, rotate_to=rotate_to, offer=offer)
+            result = self._store.commit(
+                self._id, delta, self.caller, rotate_to=rotate_to, offer=offer, meanwhile=self.meanwhile
+            )
         except SessionUnavailable:
             # It may have been applied all the same: sent once more, it would be another commit (G6).
             self.failed = True
@@ -226,8 +231,7 @@ class Visit:
                 self._id = self.issued = rotate_to
             if rotate_to or result.offered:
                 self.offered = offer
-            self._note_commit(result)
-            self._move_entry(self._id, delta)
+            self._note_commit(self._id, delta, result)
         elif isinstance(result, Refused):
             return self._refused(delta, result)
         return result
@@ -253,13 +257,14 @@ class Visit:
         session_id = new_session_id(self.config.id_length)
         self._hint = 0
         self._principal = None
-        self._enter(session_id, delta)
+        if delta.principal is not None:
+            self._enter(session_id, delta.principal)
         try:
-            result = self._store.create(session_id, delta, self.caller)
+            result = self._store.commit(session_id, delta, self.caller, create=True, meanwhile=self.meanwhile)
         except SessionUnavailable:
             self.failed = True
             raise
-        if isinstance(result, Refused):
+        if not isinstance(result, Applied):
             # Nobody else knows the handle, save who found it in its principal's index and ended it there.
             self.standing = Standing.GONE
             return Refused(Standing.GONE)
@@ -267,8 +272,7 @@ class Visit:
         self.offered = None
         self.standing = Standing.LIVE
         self.ended = False
-        self._note_commit(result)
-        self._move_entry(session_id, delta)
+        self._note_commit(session_id, delta, result)
         return result
 
     def destroy(self) -> bool:
@@ -295,9 +299,9 @@ class Visit:
             return None
         return self._id.rotated(self.config.id_length)
 
-    def _enter(self, session_id: SessionId, delta: Delta) -> None:
+    def _enter(self, session_id: SessionId, change: Change) -> None:
         # Before the session says so: whoever ends all sessions of the principal finds it in any case.
-        principal = delta.principal.value if delta.principal else None
+        principal = change.value
         handle = session_id.handle
         if principal is not None and not self._has_entered(principal, handle):
             self._entered = (principal, handle, now_ns())
@@ -310,10 +314,8 @@ class Visit:
             return False
         return now_ns() - entered[2] <= self.config.redis_deadline * 1e9
 
-    def _move_entry(self, session_id: SessionId, delta: Delta) -> None:
-        if delta.principal is None and not delta.cleared:
-            return
-        principal = delta.principal.value if delta.principal else None
+    def _move_entry(self, session_id: SessionId, change: Change | None) -> None:
+        principal = change.value if change else None
         if principal != self._principal:
             self._leave(session_id)
         self._principal = principal
@@ -365,6 +367,7 @@ class Visit:
     def close(self) -> None:
         """Start no session any more: the response is on its way."""
         self._closed = True
+        self.meanwhile = None
 
     def count(self, name: str) -> None:
         """Count something for ``stats()``."""
@@ -374,7 +377,7 @@ class Visit:
         self._touched = self._touched or touched
         self.refreshed = self.refreshed or (touched and self.standing is Standing.LIVE)
 
-    def _note_commit(self, applied: Applied) -> None:
+    def _note_commit(self, session_id: SessionId, delta: Delta, applied: Applied) -> None:
         self._touched = True
         if not applied.former:
             self.refreshed = self.refreshed or applied.touched
@@ -385,6 +388,8 @@ class Visit:
         if applied.version != self._hint + 1:
             self.others_wrote = True
         self._hint = self.made = applied.version
+        if delta.principal is not None or delta.cleared:
+            self._move_entry(session_id, delta.principal)
 
 
 _ENDED = (Standing.GONE, Standing.STALE)

@@ -412,7 +412,7 @@ class Run:
         policies = scene.processes[0].flask.session_interface._policies
         self._id = new_session_id(32)
         raw = {field_name(key): Put(self._codec.encode("", value)) for key, value in scene.start.items()}
-        self._store.create(self._id, Delta(sets=raw), self._now())
+        self._store.commit(self._id, Delta(sets=raw), self._now(), create=True)
         for app in scene.processes:
             store = app.flask.session_interface._store
             if scene.cold:

@@ -8,6 +8,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from cachetools import Cache
@@ -24,6 +26,8 @@ from .images import NOW_MS, identity, image, state
 
 SECRET = "secret"
 A = SessionId("a" * 22, SECRET)
+#: The metadata of a commit.
+METADATA = (identity(), state(2))
 #: What a snapshot without fields costs.
 EMPTY = luasession.cache._size(Entry(image(), 0))
 
@@ -31,6 +35,11 @@ EMPTY = luasession.cache._size(Entry(image(), 0))
 def sized(size: int, version: int = 1) -> Snapshot:
     """Return a snapshot of one field whose names and values have so many bytes."""
     return image(version, SECRET, f=b"x" * (size - 1))
+
+
+def makes(snapshot: Snapshot | None) -> Delta:
+    """Return what stands for a delta that makes this snapshot of any, None for one that is never asked."""
+    return cast("Delta", SimpleNamespace(over=lambda *_: snapshot or pytest.fail("asked")))
 
 
 def held(cache: SnapshotCache, handle: str) -> bool:
@@ -78,9 +87,7 @@ def test_after_a_rotation_the_new_secret_counts() -> None:
     """Advanced by a commit that rotated, an entry is the new secret's and no longer the old one's (G8)."""
     cache = SnapshotCache(10_000)
     cache.put(A.handle, image(1), 1)
-    cache.advance(
-        A.handle, image(1).pair, lambda base: Delta().over(base, identity("new"), state(2), NOW_MS), 2
-    )
+    cache.advance(A.handle, image(1).pair, Delta(), (identity("new"), state(2)), NOW_MS, 2)
     assert cache.get(A) is None
     assert cache.get(SessionId(A.handle, "new")) is not None
 
@@ -127,7 +134,7 @@ def test_an_own_commit_advances_the_entry() -> None:
     cache, base = SnapshotCache(10_000), image(1, a=b"1")
     cache.put(A.handle, base, 1)
     delta = Delta(sets={b"b": Put(b"2")})
-    made = cache.advance(A.handle, base.pair, lambda held: delta.over(held, identity(), state(2), NOW_MS), 7)
+    made = cache.advance(A.handle, base.pair, delta, METADATA, NOW_MS, 7)
     assert made is not None
     assert made.fields == {b"a": b"1", b"b": b"2"}
     entry = cache.get(A)
@@ -142,14 +149,14 @@ def test_foreign_changes_between_drop_the_entry() -> None:
     for replaced in (other.pair, image(2).pair, bytes(12)):
         cache = SnapshotCache(10_000)
         cache.put(A.handle, image(1), 1)
-        assert cache.advance(A.handle, replaced, pytest.fail, 2) is None
+        assert cache.advance(A.handle, replaced, makes(None), METADATA, NOW_MS, 2) is None
         assert not held(cache, A.handle)
 
 
 def test_nothing_there_is_not_advanced() -> None:
     """Without an entry nothing is made, and nothing is put there."""
     cache = SnapshotCache(10_000)
-    assert cache.advance(A.handle, image(1).pair, pytest.fail, 1) is None
+    assert cache.advance(A.handle, image(1).pair, makes(None), METADATA, NOW_MS, 1) is None
     assert not held(cache, A.handle)
 
 
@@ -186,7 +193,7 @@ def test_what_outgrows_the_cache_is_not_kept() -> None:
     assert held(cache, "small")
     cache.put(A.handle, sized(10), 1)
     big = sized(50_000, version=2)
-    assert cache.advance(A.handle, sized(10).pair, lambda _: big, 3) is big
+    assert cache.advance(A.handle, sized(10).pair, makes(big), METADATA, NOW_MS, 3) is big
     assert not held(cache, A.handle)
 
 
@@ -269,7 +276,7 @@ def test_threads_do_not_break_it(eager_switches: None) -> None:
                     entry = cache.get(SessionId(handle, SECRET))
                     if entry is not None:
                         newer = sized(50, n)
-                        cache.advance(handle, entry.snapshot.pair, lambda _, newer=newer: newer, n)
+                        cache.advance(handle, entry.snapshot.pair, makes(newer), METADATA, NOW_MS, n)
                 case 2:
                     cache.get(SessionId(handle, SECRET))
                 case _:
@@ -293,7 +300,7 @@ def test_no_two_advances_on_one_pair(eager_switches: None, _turn: int) -> None:
     def advance(n: int) -> Snapshot | None:
         newer = Snapshot(identity(), state(2, by=b"%08d" % n), {})
         barrier.wait(10)
-        return cache.advance(A.handle, base.pair, lambda _: newer, 2)
+        return cache.advance(A.handle, base.pair, makes(newer), METADATA, NOW_MS, 2)
 
     with ThreadPoolExecutor(4) as threads:
         made = list(threads.map(advance, range(4)))

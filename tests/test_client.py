@@ -288,6 +288,35 @@ def test_a_command_that_cannot_be_made_loses_no_slot(clock: Clock) -> None:
     assert caller.free == 64
 
 
+def test_what_is_done_meanwhile(clock: Clock) -> None:
+    """It is done between sending and reading, at each sending, whatever the answer then is."""
+    pool = Pool(redis.ResponseError("NOSCRIPT"), OSError(), OK)
+    caller = Caller(pool)
+    seen: list[tuple[int, int]] = []
+
+    def meanwhile() -> None:
+        seen.append((len(pool.sent), len(pool.answers)))
+
+    _, reply, _ = caller.client.call(
+        caller.words, lambda reply: reply == OK, caller.patience, meanwhile=meanwhile
+    )
+    assert reply == OK
+    assert seen == [(1, 3), (2, 2), (3, 1)]
+
+
+@pytest.mark.parametrize("wait", [None, (1, 100)])
+def test_what_is_done_meanwhile_must_not_fail(clock: Clock, wait: tuple[int, int] | None) -> None:
+    """If it does all the same, the connection goes, with the reply that nobody has read (G16)."""
+    pool = Pool(OK, OK)
+    caller = Caller(pool)
+    with pytest.raises(ZeroDivisionError):
+        caller.client.call(
+            caller.words, lambda _: True, caller.patience, wait, meanwhile=lambda: print(1 // 0)
+        )
+    assert not pool.made[0].open
+    assert caller.free == 64
+
+
 def test_an_error_reply_keeps_the_connection(clock: Clock) -> None:
     """An error that the server answered is a reply that was read: the connection goes on."""
     pool = Pool(redis.ResponseError("LOADING"), OK)

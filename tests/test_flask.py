@@ -232,6 +232,38 @@ def test_cookie_names_by_request(app: TestApp) -> None:
     assert browser.cookies == {}
 
 
+@pytest.mark.parametrize("always", [True, False])
+def test_an_interface_that_fails(app: TestApp, always: bool) -> None:
+    """Asked for a cookie's attributes while the commit is on its way, it may fail: no reply is lost over that.
+
+    It is asked again when the cookie is written. An error then is the app's own, and the commit stands.
+    """
+    errors = 0
+
+    class Failing(LuaSessionInterface):
+        def get_cookie_path(self, app: Flask) -> str:
+            nonlocal errors
+            if getattr(self, "fails", False) and (always or not errors):
+                errors += 1
+                raise LookupError("no path")
+            return super().get_cookie_path(app)
+
+    interface = app.flask.session_interface
+    interface.__class__ = Failing
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    interface.fails = True  # type: ignore[attr-defined]
+    idle = interface.store.calls.client._connections._idle  # type: ignore[attr-defined]
+    before = list(idle)
+    browser.run(lambda: session.update(a=2), status=500 if always else 200)
+    interface.fails = False  # type: ignore[attr-defined]
+    assert errors == (
+        3 if always else 1
+    )  # meanwhile; then, twice, when the answer and the error page are written
+    assert list(idle) == before
+    assert browser.run(lambda: session["a"]) == 2
+
+
 # -- permanence and refresh ---------------------------------------------------------------------------------
 
 

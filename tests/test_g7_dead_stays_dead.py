@@ -11,7 +11,7 @@ import pytest
 from flask import session
 
 from luasession.delta import Delta, Put
-from luasession.ids import new_session_id
+from luasession.ids import SessionId, new_session_id
 from luasession.outcome import Refused, Standing
 from luasession.signals import session_discarded
 
@@ -203,10 +203,11 @@ def test_a_creation_finds_nothing_and_a_commit_something(app: TestApp) -> None:
     store = app.flask.session_interface._store  # type: ignore[attr-defined]
     caller = store.caller(time.monotonic_ns(), 3_600_000)
     there, other = new_session_id(32), new_session_id(32)
-    store.create(there, Delta(sets={b"a": Put(b"1")}), caller)
+    store.commit(there, Delta(sets={b"a": Put(b"1")}), caller, create=True)
     before = app.stored(there.handle)
-    assert store.create(there, Delta(sets={b"b": Put(b"2")}), caller) == Refused(Standing.MISSING)
+    again = store.commit(there, Delta(sets={b"b": Put(b"2")}), caller, create=True)
+    assert again == Refused(Standing.MISSING)
     assert app.stored(there.handle) == before
-    result = store.commit_current(other.handle, Delta(sets={b"b": Put(b"2")}), caller)
+    result = store.commit(SessionId.without_secret(other.handle), Delta(sets={b"b": Put(b"2")}), caller)
     assert result == Refused(Standing.MISSING)
     assert app.stored(other.handle) == {}

@@ -173,7 +173,7 @@ ROWS = (
     Row(
         "Web Content Caching",
         "14.3.2",
-        "`Vary: Cookie` whenever the session was used or a cookie is set; with a cookie also"
+        "`Vary: Cookie` whenever the session was used or a cookie is set; with the session id also"
         " `Cache-Control: private`, unless the app sends its own",
         ("test_flask::test_vary_and_accessed", "test_owasp::test_no_shared_cache_keeps_a_cookie"),
     ),
@@ -236,7 +236,7 @@ def test_what_flask_leaves_to_you(make_valkey_app: MakeApp) -> None:
 
 
 def test_no_shared_cache_keeps_a_cookie(make_valkey_app: MakeApp) -> None:
-    """An answer that sets or deletes a cookie is private, unless the app says otherwise; others are left alone."""
+    """An answer that names the session id or takes it away is private, unless the app says otherwise."""
     app = make_valkey_app()
     browser = app.browser()
 
@@ -250,9 +250,12 @@ def test_no_shared_cache_keeps_a_cookie(make_valkey_app: MakeApp) -> None:
     assert sent() == ["private"]
     browser.run(lambda: session.get("a"))
     assert sent() == []
+    browser.run(lambda: session.update(a=2))  # a hint: whoever gets another one's asks Redis, and that is all
+    assert set(browser.set_cookies) == {"session_v"}
+    assert sent() == []
 
     def own() -> Any:
-        session["a"] = 2
+        session.regenerate()
         return app.flask.response_class("x", headers={"Cache-Control": "no-store"})
 
     browser.run(own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import ANY, Mock, call
 
 import pytest
 
@@ -58,6 +58,11 @@ def applied(version: int, *, former: bool = False, **more: Any) -> Applied:
         "report": {},
     }
     return Applied(**{"stored": Delta(), "offered": False} | values | more)
+
+
+def creations(store: Mock) -> list[Any]:
+    """Return the commits that were to make a session."""
+    return [each for each in store.commit.call_args_list if each.kwargs.get("create")]
 
 
 # Cookies.
@@ -180,17 +185,18 @@ def test_an_ended_session_is_not_written(standing: Standing) -> None:
     visit.load()
     assert visit.commit(WRITE) == Refused(standing)
     store.commit.assert_not_called()
-    store.create.assert_not_called()
 
 
 def test_missing_is_gone_to_whoever_read_it() -> None:
     """A delta with a base starts no session; a blind one does, under an id of its own."""
-    store = store_with(commit=Refused(Standing.MISSING), create=applied(1))
+    store = store_with()
+    store.commit.side_effect = [Refused(Standing.MISSING), Refused(Standing.MISSING), applied(1)]
     based = visit_to(store)
     assert based.commit(WRITE._replace(base=image(1).pair)) == Refused(Standing.GONE)
     assert based.issued is None
     blind = visit_to(store)
     assert blind.commit(WRITE) == applied(1)
+    assert creations(store) == [call(blind.issued, ANY, ANY, create=True, meanwhile=None)]
     assert blind.issued is not None
     assert blind.issued.handle != ID.handle
     assert blind.id is blind.issued
@@ -205,15 +211,15 @@ def test_not_every_delta_starts_a_session(delta: Delta) -> None:
     closed.close()
     with pytest.raises(RuntimeError, match="the response has been sent"):
         closed.commit(WRITE)
-    store.create.assert_not_called()
+    assert creations(store) == []
 
 
 @pytest.mark.parametrize("permanent", [None, True, False])
 def test_permanence_of_a_new_session(permanent: bool | None) -> None:
     """It is the delta's, and where that says nothing the setting's."""
-    store = store_with(create=applied(1))
+    store = store_with(commit=applied(1))
     visit_to(store, "", permanent=True).commit(WRITE._replace(permanent=permanent))
-    assert store.create.call_args.args[1].permanent is (permanent is not False)
+    assert creations(store)[0].args[1].permanent is (permanent is not False)
 
 
 def test_a_conflict_changes_nothing_of_the_visit() -> None:
@@ -230,7 +236,7 @@ def test_a_conflict_changes_nothing_of_the_visit() -> None:
 def test_the_index_comes_first() -> None:
     """A log-in is entered before the session says whose it is, and the former principal's entry goes after."""
     theirs = image(1)._replace(principal="bob")
-    store = store_with(load=Loaded(Standing.LIVE, theirs), commit=applied(2), create=applied(1))
+    store = store_with(load=Loaded(Standing.LIVE, theirs), commit=applied(2))
     visit = visit_to(store)
     visit.load()
     visit.commit(Delta(base=theirs.pair, principal=Change("ada")))
@@ -323,7 +329,7 @@ def test_an_errand_keeps_nothing_alive() -> None:
     assert not store.load.call_args.args[1].uses
     assert errand.commit(WRITE) == Refused(Standing.MISSING)
     assert not errand.has_browser
-    store.create.assert_not_called()
+    assert creations(store) == []
 
 
 def test_the_request_is_let_go() -> None:
