@@ -5,15 +5,15 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import redis
 from flask import Flask
-from flask.sessions import SecureCookieSession, SessionInterface, SessionMixin
+from flask.sessions import SecureCookieSession, SessionInterface
 
 from luasession import Session
 
+from .least import Bare, OneCommand
 from .workloads import install
 
 
@@ -25,37 +25,6 @@ class NoSessions(SessionInterface):
 
     def save_session(self, app: Flask, session: Any, response: Any) -> None:
         pass
-
-
-class _Hash(dict[str, Any], SessionMixin):
-    """A session that is a hash, read whole when it is first looked into."""
-
-    def __init__(self, load: Callable[[], Mapping[bytes, bytes]]) -> None:
-        super().__init__()
-        self._load = load
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._load().get(key.encode(), default)
-
-
-class OneCommand(SessionInterface):
-    """The least that a session on Redis can cost: one command by redis-py, and nothing else.
-
-    No id, no cookie, no encoding, no comparing, no header. It is of no use but to compare with.
-    """
-
-    def __init__(self, app: Flask, socket: str, reads: bool) -> None:
-        self._client = redis.Redis(unix_socket_path=socket, protocol=2)
-        # Shapes are measured beside each other, and those who read have no other's keys to read.
-        self._key = f"least:{id(app)}"
-        self._load = partial(self._client.hgetall, self._key) if reads else dict
-
-    def open_session(self, app: Flask, request: Any) -> _Hash:
-        return _Hash(self._load)
-
-    def save_session(self, app: Flask, session: Any, response: Any) -> None:
-        if session:
-            self._client.hset(self._key, mapping={key: str(value) for key, value in session.items()})
 
 
 def _floor(app: Flask, _socket: str) -> None:
@@ -86,6 +55,12 @@ COLD, VALIDATING, CACHED = "luasession, cold", "luasession, validating", "luases
 CHECKED, DEFAULTS = "luasession, checked", "luasession, defaults"
 
 ONE_HSET, ONE_HGETALL = "one HSET", "one HGETALL"
+BARE_COMMIT, BARE_READ = "bare commit", "bare read"
+
+
+def _least(kind: type[OneCommand | Bare], *, reads: bool) -> Setup:
+    return lambda app, socket: setattr(app, "session_interface", kind(app, socket, reads=reads))
+
 
 #: Those that are called in this process.
 PEERS: dict[str, Setup] = {
@@ -98,11 +73,18 @@ PEERS: dict[str, Setup] = {
     # A window that outlasts the run, so that what is measured is the cached read and nothing else.
     CACHED: lambda app, socket: _luasession(app, socket, SESSION_CACHE_TTL=3600.0),
     CHECKED: lambda app, socket: _luasession(app, socket, SESSION_CACHE_TTL=3600.0, SESSION_CONFLICT="raise"),
-    ONE_HSET: lambda app, socket: setattr(app, "session_interface", OneCommand(app, socket, reads=False)),
-    ONE_HGETALL: lambda app, socket: setattr(app, "session_interface", OneCommand(app, socket, reads=True)),
+    ONE_HSET: _least(OneCommand, reads=False),
+    ONE_HGETALL: _least(OneCommand, reads=True),
+    BARE_COMMIT: _least(Bare, reads=False),
+    BARE_READ: _least(Bare, reads=True),
 }
 #: What a session must do at least, with the workloads that it is the least of.
-LEAST = {ONE_HSET: ("write blind", "read, change"), ONE_HGETALL: ("read one key",)}
+LEAST = {
+    ONE_HSET: ("write blind", "read, change"),
+    ONE_HGETALL: ("read one key",),
+    BARE_COMMIT: ("write blind", "read, change"),
+    BARE_READ: ("read one key",),
+}
 #: Those under gunicorn, where the cache is as it comes.
 SERVED: dict[str, Setup] = {name: PEERS[name] for name in (FLOOR, COOKIE, LOADED, RIVAL, COLD)} | {
     DEFAULTS: _luasession

@@ -191,13 +191,13 @@ class Connections:
         meanwhile: Callable[[], None] | None = None,
     ) -> Any:
         if wait is None and not asking:
-            connection.send_packed_command([_packed(words)])
+            connection.send_packed_command([pack_command(words)])
             if meanwhile is not None:
                 meanwhile()
             return connection.read_response(disable_decoding=True)
         # WAIT speaks of the writes of its own connection, and ASKING of its next command, so they share it.
-        trailer = b"" if wait is None else _packed((b"WAIT", b"%d" % wait[0], b"%d" % wait[1]))
-        connection.send_packed_command([asking + _packed(words) + trailer])
+        trailer = b"" if wait is None else pack_command((b"WAIT", b"%d" % wait[0], b"%d" % wait[1]))
+        connection.send_packed_command([asking + pack_command(words) + trailer])
         if meanwhile is not None:
             meanwhile()
         if asking and _reply_or_error(connection) != b"OK":
@@ -241,8 +241,9 @@ def _reply_or_error(connection: Any) -> Any:
         return error
 
 
-def _packed(words: Sequence[bytes]) -> bytes:
-    # A RESP array of bulk strings. The libraries' packers convert each word first, which costs more.
+def pack_command(words: Sequence[bytes]) -> bytes:
+    """Return a command as it is sent, a RESP array of bulk strings."""
+    # The libraries' packers convert each word first, which costs more.
     parts: list[int | bytes] = [len(words)]
     for word in words:
         parts.append(len(word))

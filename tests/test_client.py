@@ -21,7 +21,7 @@ import luasession.client
 from luasession import ConfigurationError, SessionUnavailable
 from luasession.client import Client, Patience, connect
 from luasession.config import Config
-from luasession.connections import Connections, Recipe, _packed
+from luasession.connections import Connections, Recipe, pack_command
 from luasession.failures import Unproven
 
 OK = b"the answer"
@@ -410,7 +410,7 @@ def test_wait_shares_the_connection(clock: Clock) -> None:
     """The command and WAIT travel together, and the reply is the command's."""
     pool = Pool(OK, 2)
     assert Caller(pool).call(wait=(2, 100))[1] == OK
-    assert pool.sent[0][1] == _packed((b"EVALSHA", b"x")) + _packed((b"WAIT", b"2", b"100"))
+    assert pool.sent[0][1] == pack_command((b"EVALSHA", b"x")) + pack_command((b"WAIT", b"2", b"100"))
 
 
 def test_too_few_replicas(clock: Clock) -> None:
@@ -566,7 +566,7 @@ def test_a_command_is_packed_as_the_protocol_says(words: list[bytes]) -> None:
     packer = redis.connection.PythonRespSerializer(6000, lambda value: value)
     # The library splits its first word at spaces; ours are names of commands.
     words = [b"EVAL", *words]
-    assert _packed(words) == b"".join(packer.pack(*words))
+    assert pack_command(words) == b"".join(packer.pack(*words))
 
 
 # The kinds of client.
