@@ -16,6 +16,8 @@ from .outcome import Standing
 from .session import LuaSession, visit_of
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from flask import Flask
     from flask.sessions import SessionInterface
     from flask.wrappers import Response
@@ -97,19 +99,25 @@ class Answer:
         expires = self._interface.get_expiration_time(self._app, session) if visit.seen else None
         named = visit.offered or visit.id
         if named is not None and self._is_id_due(visit):
-            response.set_cookie(name, named.sid, expires=expires, **attributes)
+            self._set_cookie(name, named.sid, expires, attributes)
             self._keep_private()
         if not self._caches:
             return
         if visit.made is not None:
-            if expires is None:
-                end = self._end or _end_of_cookie(**attributes)
-                response.headers.add("Set-Cookie", f"{name}_v={visit.made}{end}")
-            else:
-                response.set_cookie(f"{name}_v", str(visit.made), expires=expires, **attributes)
+            self._set_cookie(f"{name}_v", str(visit.made), expires, attributes)
         if visit.others_wrote:
             window = math.ceil(self._config.cache_ttl or 0) + 1
             response.set_cookie(f"{name}_o", "1", max_age=window, **attributes)
+
+    def _set_cookie(
+        self, name: str, value: str, expires: datetime | None, attributes: dict[str, Any]
+    ) -> None:
+        if expires is not None:
+            self._response.set_cookie(name, value, expires=expires, **attributes)
+            return
+        # Neither ids nor numbers need quoting, and what follows them is the same each time.
+        end = self._end or _end_of_cookie(**attributes)
+        self._response.headers.add("Set-Cookie", f"{name}={value}{end}")
 
     @property
     def _caches(self) -> bool:

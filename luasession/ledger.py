@@ -19,6 +19,9 @@ from .readers import Policy
 from .snapshot import Pair, Snapshot, field_name, session_key
 from .values import Values
 
+# A name of its own: looked up in an enumeration it costs as much as the rest of a key.
+_UNCHECKED = Check.NONE
+
 
 class Source(Protocol):
     """Where a ledger's snapshot comes from."""
@@ -196,10 +199,11 @@ class Ledger:
         :raise TypeError: if a value is of a type that cannot be stored; names the key.
         """
         sets: dict[bytes, Put] = {}
+        encode, live, reads = self._values.encode, self._live, self._reads
         for key, ttl_ms in self._sets.items():
-            raw = self.encoded(key)
-            if key not in self._reads:
-                sets[field_name(key)] = Put(raw, Check.NONE, ttl_ms)
+            raw = encode(key, live[key])
+            if key not in reads:
+                sets[field_name(key)] = Put(raw, _UNCHECKED, ttl_ms)
             elif ttl_ms or not self._is_stored(key, raw):
                 sets[field_name(key)] = Put(raw, self._check(key), ttl_ms)
         for key, given in self._given.items():
@@ -223,9 +227,12 @@ class Ledger:
         reads = None if self._read_all else frozenset(map(field_name, self._reads)) - changed
         return delta._replace(reads=reads)
 
-    def may_have_changed(self) -> bool:
-        """Whether making the delta is worth the while."""
-        return bool(self._sets or self._deletes or self._given or self.cleared)
+    def may_have_changed(self, *, in_place: bool = True) -> bool:
+        """Whether making the delta is worth the while.
+
+        :param in_place: whether what was handed out may have been changed since it was last looked at.
+        """
+        return bool(self._sets or self._deletes or self.cleared or (in_place and self._given))
 
     def is_pending(self, key: str) -> bool:
         """Whether this request has changed a key and not committed it yet."""
@@ -339,14 +346,15 @@ class Ledger:
         self._advance(sent, applied, created=created)
         for name in sent.deletes:
             self._forget_stored(session_key(name) or "")
+        live, given = self._live, self._given
         for name, put in sent.sets.items():
             key = session_key(name) or ""
-            if put is not ours.sets.get(name):
+            if sent is not ours and put is not ours.sets.get(name):
                 self._take_over(key, put.value)
                 continue
             self._sets.pop(key, None)
-            if key in self._live and not is_immutable(self._live[key]):
-                self._given[key] = put.value
+            if key in live and not is_immutable(live[key]):
+                given[key] = put.value
         if sent.cleared:
             self.cleared = False
 

@@ -8,6 +8,8 @@ from .delta import Change, Delta
 #: Milliseconds between two touches by those who do not use a session.
 NEVER = 1 << 47
 
+_NO_CHECK_NO_TTL = bytes(7)
+
 
 def pack_delta(delta: Delta, new_digest: bytes, offer: bytes = b"") -> list[bytes]:
     """Return the arguments of commit.lua from the base on.
@@ -72,6 +74,6 @@ def _pack_deletes(delta: Delta) -> bytes:
 def _pack_sets(delta: Delta) -> bytes:
     parts: list[bytes] = []
     for name, (value, check, ttl_ms) in delta.sets.items():
-        head = b"%c%b%b%b" % (check, ttl_ms.to_bytes(6), len(name).to_bytes(4), name)
-        parts += (head, len(value).to_bytes(4), value)
+        head = check.to_bytes(1) + ttl_ms.to_bytes(6) if check or ttl_ms else _NO_CHECK_NO_TTL
+        parts += (head, len(name).to_bytes(4), name, len(value).to_bytes(4), value)
     return b"".join(parts)

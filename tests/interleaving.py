@@ -751,7 +751,6 @@ class _Harness:
             (store, "trusted"),
             (store, "load"),
             (store, "commit"),
-            (store, "create"),
         ]:
             setattr(owner, name, partial(self._step, getattr(self, name), getattr(owner, name)))
 
@@ -800,16 +799,14 @@ class _Harness:
     def commit(
         self, _run: Run, request: Request, original: Callable[..., Any], *about: Any, **more: Any
     ) -> Any:
-        """Note what is sent."""
+        """Note what is sent, or the session of its own that it is to make."""
+        if more.get("create"):
+            request.created = about[0]
+            return original(*about, **more)
         rotate_to = more.get("rotate_to")
         request.doing = ("commit", about[1], rotate_to)
         request.rotated_to = rotate_to or request.rotated_to
         return original(*about, **more)
-
-    def create(self, _run: Run, request: Request, original: Callable[..., Any], *about: Any) -> Any:
-        """Note the session of its own."""
-        request.created = about[0]
-        return original(*about)
 
     def _discarded(self, _sender: Any, **about: Any) -> None:
         if self.run is not None and self.run.running is not None:

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from flask import Response, request_finished, session, stream_with_context
+from flask import Blueprint, Response, request_finished, session, stream_with_context
 
 from luasession import session_rotated
 
@@ -249,3 +249,70 @@ def test_late_attributes_are_committed(app: TestApp, attribute: str, value: Any,
     users = app.flask.extensions["luasession"].sessions_of
     owner = value if attribute == "principal" else "ada"
     assert [len(users(user)) for user in ("ada", "bob")] == [owner == "ada", owner == "bob"]
+
+
+def _by_a_receiver(app: TestApp, late: Callable[[], None]) -> Callable[[], None]:
+    def receiver(*_: Any, **__: Any) -> None:
+        late()
+
+    request_finished.connect(receiver, app.flask)
+    return lambda: request_finished.disconnect(receiver, app.flask)
+
+
+def _by_a_teardown(app: TestApp, late: Callable[[], None]) -> Callable[[], None]:
+    app.flask.teardown_request(lambda _error: late())
+    return lambda: None
+
+
+def _by_a_blueprint(app: TestApp, late: Callable[[], None]) -> Callable[[], None]:
+    blueprint = Blueprint("late", __name__)
+    blueprint.teardown_request(lambda _error: late())
+    blueprint.add_url_rule("/late", view_func=app._run)
+    app.flask.register_blueprint(blueprint)
+    return lambda: None
+
+
+@pytest.mark.parametrize("whose", [_by_a_receiver, _by_a_teardown, _by_a_blueprint])
+def test_late_changes_in_place(app: TestApp, whose: Callable[..., Callable[[], None]]) -> None:
+    """What code of the app's changes in place after the save is found, wherever that code stands."""
+    armed: list[list[int]] = []
+
+    def late() -> None:
+        while armed:
+            armed.pop().append(2)
+
+    undo = whose(app, late)
+    browser = app.browser()
+    browser.run(lambda: session.update(cart=[1]))
+    try:
+        path = "/late" if whose is _by_a_blueprint else "/run"
+        browser.run(lambda: armed.append(session["cart"]), path=path)
+    finally:
+        undo()
+    assert browser.run(lambda: session["cart"]) == [1, 2]
+
+
+def test_late_changes_in_place_of_a_streamed_response(app: TestApp) -> None:
+    """A value that the view was given, and that is changed while the response is sent, is stored."""
+    browser = app.browser()
+    browser.run(lambda: session.update(cart=[1]))
+
+    def view() -> Response:
+        cart = session["cart"]
+        return Response(stream_with_context(str(cart.append(2)) for _ in "x"))
+
+    browser.run(view)
+    assert browser.response is not None
+    assert browser.response.text == "None"
+    assert browser.run(lambda: session["cart"]) == [1, 2]
+
+
+def test_nobody_is_looked_after_twice(app: TestApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that was read is compared with what it was once, where no code can have changed it since."""
+    browser = app.browser()
+    browser.run(lambda: session.update(cart=[1]))
+    values, compared = app.flask.session_interface._values, []  # type: ignore[attr-defined]
+    encode = values.encode
+    monkeypatch.setattr(values, "encode", lambda key, value: (compared.append(key), encode(key, value))[1])
+    browser.run(lambda: session["cart"])
+    assert compared == ["cart"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import logging
 import os
 import re
@@ -111,17 +112,9 @@ def test_the_digest() -> None:
         assert not same_digest(one.digest, other)
 
 
-def test_digests_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison is hmac.compare_digest's."""
-    seen: list[tuple[bytes, bytes]] = []
-
-    def compare(one: bytes, other: bytes) -> bool:
-        seen.append((one, other))
-        return True
-
-    monkeypatch.setattr(ids.hmac, "compare_digest", compare)
-    assert same_digest(b"one", b"other")
-    assert seen == [(b"one", b"other")]
+def test_digests_are_compared_in_constant_time() -> None:
+    """The comparison is hmac.compare_digest."""
+    assert same_digest is hmac.compare_digest
 
 
 def test_rotated() -> None:

@@ -14,7 +14,7 @@ import pytest
 import luasession.cache
 import luasession.store
 from luasession import merge
-from luasession.policy import Policies
+from luasession.delta import Delta
 
 from .conftest import MakeApp, TestApp
 from .interleaving import (
@@ -398,9 +398,11 @@ def test_a_careless_cache_is_found(
 ) -> None:
     """A cache that lays a delta over whatever it holds is found by two processes and one read."""
 
-    def advance(self: Any, handle: str, _replaced: Any, make: Any, sent: int) -> Any:
+    def advance(
+        self: Any, handle: str, _replaced: Any, delta: Delta, metadata: Any, now_ms: int, sent: int
+    ) -> Any:
         held = self._entries.get(handle)
-        snapshot = held and make(held.snapshot)
+        snapshot = held and delta.over(held.snapshot, *metadata, now_ms)
         if snapshot:
             self._store(handle, luasession.cache.Entry(snapshot, sent))
         return snapshot
@@ -415,8 +417,9 @@ def test_a_policy_that_forgets_the_reads_is_found(
     make_valkey_app: MakeApp, play: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With reads left out of "serializable" an order without a serial one is found, by that alone."""
-    monkeypatch.setattr(Policies, "serializable", False)
-    runs = play(iter([Scene((x_from_y, y_from_x), (make_valkey_app(SESSION_CONFLICT="serializable"),))]))
+    app = make_valkey_app(SESSION_CONFLICT="serializable")
+    monkeypatch.setattr(app.flask.session_interface._policies, "serializable", False)  # type: ignore[attr-defined]
+    runs = play(iter([Scene((x_from_y, y_from_x), (app,))]))
     assert any(serial_order(run) is None for run in runs)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from flask import session
 
-from luasession.interface import LuaSessionInterface
+from luasession.answer import Answer
 
 from .conftest import Browser, MakeApp, TestApp
 from .mutations import mutated
@@ -301,7 +301,7 @@ def test_a_guard_taken_out_is_found(
 ) -> None:
     """Without the guards that these tests are about they fail, with a timeline."""
     if guard == "id in ordinary writes":
-        monkeypatch.setattr(LuaSessionInterface, "_is_id_due", staticmethod(repeat_the_id))
+        monkeypatch.setattr(Answer, "_is_id_due", staticmethod(repeat_the_id))
         with pytest.raises(AssertionError, match="is sent with"):
             test_who_logs_in_ends_logged_in(make_valkey_app, LOG_INS[0], OTHERS[1])
     else:

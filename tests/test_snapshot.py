@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
@@ -299,8 +298,7 @@ class Sessions:
         return read_hash(raw)
 
     def commit(self, session_id: SessionId, delta: Delta, *, create: bool = False) -> Applied:
-        commit: Callable[..., Any] = self.store.create if create else self.store.commit
-        applied = commit(session_id, delta, self.caller)
+        applied = self.store.commit(session_id, delta, self.caller, create=create)
         assert isinstance(applied, Applied)
         return applied
 
