@@ -246,6 +246,5 @@ def pack_command(words: Sequence[bytes]) -> bytes:
     # The libraries' packers convert each word first, which costs more.
     parts: list[int | bytes] = [len(words)]
     for word in words:
-        parts.append(len(word))
-        parts.append(word)
+        parts += (len(word), word)
     return (b"*%d\r\n" + b"$%d\r\n%b\r\n" * len(words)) % tuple(parts)

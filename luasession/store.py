@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
+from struct import Struct
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +34,8 @@ from .vault import SEAL_BYTES, Vault
 #: Bytes up to which a session is read whole, rather than asked for what changed.
 SMALL = 2048
 _NOTHING: Mapping[bytes, bytes | None] = MappingProxyType({})
+# What commit.lua answers to what it applied; the form is that of the script's header.
+_APPLIED = Struct(">I12sBB45s41s")
 # Entries that one log-in looks at, of which it makes one: so there are fewer and fewer stale ones.
 _LOOKED_AT = 2
 
@@ -270,7 +273,7 @@ class Store:
     ) -> Applied:
         cache = self._here.cache
         packed, *items = rest
-        replaced, identity, state = packed[4:16], packed[18:63], packed[63:]
+        version, replaced, told, expiry, identity, state = _APPLIED.unpack(packed)
         former = bool(expected) and not same_digest(identity[1:33], expected)
         snapshot = None
         # If it was found in the ring, others may have come after it: then the state is theirs.
@@ -284,16 +287,16 @@ class Store:
         report = _paired(items) if items else _NOTHING
         return Applied(
             delta,
-            int.from_bytes(packed[:4]),
+            version,
             write_id,
             replaced,
             snapshot,
             former,
             identity,
             state,
-            packed[16] & 1 == 1,
-            packed[16] & 2 == 2,
-            packed[17] == 1 or (packed[17] == 2 and _moves_expiry(delta)),
+            told & 1 == 1,
+            told & 2 == 2,
+            expiry == 1 or (expiry == 2 and _moves_expiry(delta)),
             now_ms,
             report,
         )

@@ -338,20 +338,9 @@ class Transaction:
 
     def _commit(self, ours: Delta) -> Refused | None:
         conflicts: dict[str, Conflict] = {}
-
-        def resolve(delta: Delta, conflicting: Conflicting) -> Delta:
-            found = self.ledger.conflicts.find(ours, conflicting.current)
-            try:
-                merged = self.ledger.conflicts.resolve(ours, delta, conflicting, found)
-            except SessionConflict:
-                self._report(found, refused=True)
-                raise
-            conflicts.update({conflict.key: conflict for conflict in found})
-            return merged
-
         delta, result = ours, self.visit.commit(ours)
         if isinstance(result, Conflicting):
-            delta, result = self._again(ours, result, resolve)
+            delta, result = self._merge(ours, result, conflicts)
         if isinstance(result, Refused):
             if result.standing is Standing.STALE and ours.rotation:
                 return self._own_session(ours, result)
@@ -363,6 +352,21 @@ class Transaction:
         if conflicts:
             self._report(conflicts.values(), refused=False)
         return None
+
+    def _merge(
+        self, ours: Delta, conflicting: Conflicting, conflicts: dict[str, Conflict]
+    ) -> tuple[Delta, Applied | Refused]:
+        def resolve(delta: Delta, conflicting: Conflicting) -> Delta:
+            found = self.ledger.conflicts.find(ours, conflicting.current)
+            try:
+                merged = self.ledger.conflicts.resolve(ours, delta, conflicting, found)
+            except SessionConflict:
+                self._report(found, refused=True)
+                raise
+            conflicts.update({conflict.key: conflict for conflict in found})
+            return merged
+
+        return self._again(ours, conflicting, resolve)
 
     def _own_session(self, ours: Delta, refused: Refused) -> Refused | None:
         # The second click of a double log-in: a session of its own, cookie included (G8).
