@@ -10,6 +10,8 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from flask.sessions import SessionInterface
+from flask.wrappers import Response
 from werkzeug.http import dump_cookie
 
 from .outcome import Standing
@@ -19,11 +21,14 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from flask import Flask
-    from flask.sessions import SessionInterface
-    from flask.wrappers import Response
 
     from .config import Config
     from .visit import Visit
+
+
+_RULES = [
+    name for name in vars(SessionInterface) if name.startswith("get_cookie_") and name != "get_cookie_name"
+]
 
 
 class Answer:
@@ -47,14 +52,13 @@ class Answer:
 
     def prepare(self) -> None:
         """Do what an answer to a commit needs, whatever comes of it; it may be called again."""
-        try:
-            self._vary()
+        self._vary()
+        # An interface of the app's own may fail, take its time or read the session; so it is not asked while
+        # a commit is on its way.
+        kind: Any = type(self._interface)
+        if _has_rules_of_flask(kind):
             self._attributes = self._read_attributes()
             self._end = _end_of_cookie(**self._attributes)
-        except Exception:  # noqa: BLE001, S110
-            # An interface of the app's own may fail here. Then it does so again when the cookies are
-            # written, where no commit is torn from its reply.
-            pass
 
     def replace(self, by: Response) -> None:
         """Lay another response over this one, which is already on its way out."""
@@ -112,7 +116,7 @@ class Answer:
     def _set_cookie(
         self, name: str, value: str, expires: datetime | None, attributes: dict[str, Any]
     ) -> None:
-        if expires is not None:
+        if expires is not None or type(self._response).set_cookie is not Response.set_cookie:
             self._response.set_cookie(name, value, expires=expires, **attributes)
             return
         # Neither ids nor numbers need quoting, and what follows them is the same each time.
@@ -168,5 +172,10 @@ class Answer:
 
 
 @lru_cache(maxsize=64)
+def _has_rules_of_flask(kind: Any) -> bool:
+    return all(getattr(kind, rule) is getattr(SessionInterface, rule) for rule in _RULES)
+
+
+@lru_cache(maxsize=64, typed=True)
 def _end_of_cookie(**attributes: Any) -> str:
     return dump_cookie("name", "0", **attributes).removeprefix("name=0")

@@ -6,7 +6,6 @@ import weakref
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from flask import request_finished
 from flask.sessions import SessionInterface
 
 from .answer import Answer
@@ -71,16 +70,13 @@ class LuaSessionInterface(SessionInterface):
         if not isinstance(session, LuaSession):
             return
         answer = Answer(self, app, self._config, response)
-        transaction = transaction_of(session)
         try:
-            transaction.save(answer.prepare)
+            transaction_of(session).save(answer.prepare)
         except Exception as error:  # noqa: BLE001 - handed on to Flask, which knows what to do with each
             # Out of here an exception would pass by the app's handlers for its class. One that none of
             # them answers is raised again, and Flask makes a 500 of it.
             answer.replace(app.make_response(app.handle_user_exception(error)))
         answer.write(session)
-        if transaction.ledger.may_have_changed():
-            transaction.over = _is_over(app, response)
 
     def errand(self, app: Flask, handle: str) -> LuaSession:
         """Return a session for work from outside of a request; see :meth:`luasession.Sessions.edit`."""
@@ -113,14 +109,3 @@ class LuaSessionInterface(SessionInterface):
         """Send a signal, with the app as its sender."""
         if signal.receivers and (app := self._app()) is not None:
             signal.send(app, _async_wrapper=app.ensure_sync, **about)
-
-
-def _is_over(app: Flask, response: Response) -> bool:
-    """Whether no more code of the app's runs before the request ends, once the session is saved."""
-    teardowns = app.teardown_request_funcs
-    return not (
-        response.is_streamed
-        or request_finished.receivers
-        or len(teardowns) > 1
-        or len(teardowns.get(None, ())) > 1
-    )

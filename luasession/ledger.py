@@ -227,12 +227,9 @@ class Ledger:
         reads = None if self._read_all else frozenset(map(field_name, self._reads)) - changed
         return delta._replace(reads=reads)
 
-    def may_have_changed(self, *, in_place: bool = True) -> bool:
-        """Whether making the delta is worth the while.
-
-        :param in_place: whether what was handed out may have been changed since it was last looked at.
-        """
-        return bool(self._sets or self._deletes or self.cleared or (in_place and self._given))
+    def may_have_changed(self) -> bool:
+        """Whether making the delta is worth the while."""
+        return bool(self._sets or self._deletes or self._given or self.cleared)
 
     def is_pending(self, key: str) -> bool:
         """Whether this request has changed a key and not committed it yet."""

@@ -47,8 +47,6 @@ class Transaction:
     #: Whether the session ends at the next commit, before whatever else is changed.
     destroyed = False
     _saved = False
-    #: Whether nobody can have changed a value in place any more since the save.
-    over = False
     # Whether an exception has told that nothing is stored.
     _told = False
     # What a commit of the view's own refused; the view has been told by the exception.
@@ -243,9 +241,7 @@ class Transaction:
     def save_late(self) -> None:
         """Apply what was changed after :meth:`save`, while the response was sent (G15)."""
         visit = self.visit
-        if not (visit.used and self._saved) or visit.failed:
-            return
-        if not (self.ledger.may_have_changed(in_place=not self.over) or self.destroyed or self.changes):
+        if not (visit.used and self._saved) or visit.failed or not self._may_have_changed():
             return
         if self.destroyed or self.ledger.changed() or (self.changes and self._delta()):
             self.save()

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from flask import Blueprint, Response, request_finished, session, stream_with_context
+from blinker import NamedSignal
+from flask import (
+    Blueprint,
+    Response,
+    copy_current_request_context,
+    request_finished,
+    session,
+    stream_with_context,
+)
 
-from luasession import session_rotated
+from luasession import session_committed, session_created, session_rotated
 
 from .conftest import Browser, TestApp
 
@@ -307,12 +316,50 @@ def test_late_changes_in_place_of_a_streamed_response(app: TestApp) -> None:
     assert browser.run(lambda: session["cart"]) == [1, 2]
 
 
-def test_nobody_is_looked_after_twice(app: TestApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A value that was read is compared with what it was once, where no code can have changed it since."""
+@pytest.mark.parametrize("signal", [session_committed, session_created, session_rotated])
+def test_receivers_of_a_commit_change_in_place(app: TestApp, signal: NamedSignal) -> None:
+    """Who is told of a commit, and then changes a value in place, is heard as well."""
     browser = app.browser()
-    browser.run(lambda: session.update(cart=[1]))
-    values, compared = app.flask.session_interface._values, []  # type: ignore[attr-defined]
-    encode = values.encode
-    monkeypatch.setattr(values, "encode", lambda key, value: (compared.append(key), encode(key, value))[1])
-    browser.run(lambda: session["cart"])
-    assert compared == ["cart"]
+    if signal is not session_created:
+        browser.run(lambda: session.update(log=[1]))
+    told: list[int] = []
+
+    def receiver(*_: Any, **__: Any) -> None:
+        if not told:
+            told.append(1)
+            session["log"].append(2)
+
+    def view() -> None:
+        session["log"] = [1]
+        session["n"] = 1
+        if signal is session_rotated:
+            session.regenerate()
+
+    with signal.connected_to(receiver, app.flask):
+        browser.run(view)
+    assert told
+    assert browser.run(lambda: session["log"]) == [1, 2]
+
+
+def test_work_that_goes_on_after_the_response(app: TestApp) -> None:
+    """What a copied context changes in place is stored when that ends, long after the response."""
+    browser = app.browser()
+    browser.run(lambda: session.update(jobs=["begun"]))
+    answered = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def view() -> None:
+        assert session["jobs"] == ["begun"]
+
+        @copy_current_request_context
+        def work() -> None:
+            answered.wait(5)
+            session["jobs"].append("done")
+
+        threads.append(threading.Thread(target=work))
+        threads[0].start()
+
+    browser.run(view)
+    answered.set()
+    threads[0].join()
+    assert browser.run(lambda: session["jobs"]) == ["begun", "done"]
