@@ -17,7 +17,7 @@ from .outcome import Applied
 from .policy import Policies
 from .readers import Policy
 from .snapshot import Pair, Snapshot, field_name, session_key
-from .values import Values
+from .values import Given, Values, fingerprint
 
 # A name of its own: looked up in an enumeration it costs as much as the rest of a key.
 _UNCHECKED = Check.NONE
@@ -65,8 +65,8 @@ class Ledger:
         self._policies = policies
         # What was read, and what was set.
         self._live: dict[str, Any] = {}
-        # Of the mutable ones that came from the snapshot: the bytes that they had.
-        self._given: dict[str, bytes] = {}
+        # Of the mutable ones that came from the snapshot, or were committed: what they were then.
+        self._given: dict[str, Given] = {}
         # Those themselves, as the app may have put objects of its own in their place.
         self._handed_out: dict[str, Any] = {}
         # Assigned by this request, with the ttl in milliseconds (0: none).
@@ -137,7 +137,7 @@ class Ledger:
             raise KeyError(key) from error
         self._live[key] = value
         if not is_immutable(value):
-            self._given[key] = raw
+            self._given[key] = Given(raw, fingerprint(value))
             self._handed_out[key] = value
         return value
 
@@ -207,12 +207,12 @@ class Ledger:
             elif ttl_ms or not self._is_stored(key, raw):
                 sets[field_name(key)] = Put(raw, self._check(key), ttl_ms)
         for key, given in self._given.items():
-            raw = self.encoded(key)
-            if not self._values.same(raw, given):
+            changed = self._changed_in_place(key, given)
+            if changed is not None:
                 # Changed in place, a key keeps the end that it was given.
                 name = field_name(key)
                 end = self._snapshot.deadlines.get(name) if self._snapshot else None
-                sets[name] = Put(raw, self._check(key), KEPT + end if end else KEEP)
+                sets[name] = Put(changed, self._check(key), KEPT + end if end else KEEP)
         deletes: dict[bytes, Check] = {}
         for key in self._deletes:
             if self._may_hold(key):
@@ -236,7 +236,7 @@ class Ledger:
         if key in self._sets or key in self._deletes:
             return True
         given = self._given.get(key)
-        return given is not None and not self._values.same(self.encoded(key), given)
+        return given is not None and self._changed_in_place(key, given) is not None
 
     def delta_of(self, key: str) -> Delta:
         """Return what changed about one key."""
@@ -290,6 +290,14 @@ class Ledger:
             return bool(self.delta())
         except (TypeError, ValueError):
             return True
+
+    def _changed_in_place(self, key: str, given: Given) -> bytes | None:
+        """Return the bytes of a value if they are others than those that it was given with."""
+        # Most are only read, and encoding is what costs.
+        if given.fingerprint is not None and given.fingerprint == fingerprint(self._live[key]):
+            return None
+        raw = self.encoded(key)
+        return None if self._values.same(raw, given.raw) else raw
 
     def _is_stored(self, key: str, raw: bytes) -> bool:
         # Set to the value that it has, as read in this request: no change (G2).
@@ -351,7 +359,7 @@ class Ledger:
                 continue
             self._sets.pop(key, None)
             if key in live and not is_immutable(live[key]):
-                given[key] = put.value
+                given[key] = Given(put.value, fingerprint(live[key]))
         if sent.cleared:
             self.cleared = False
 
@@ -384,7 +392,7 @@ class Ledger:
         if ours and type(live) is type(merged) and isinstance(live, (list, dict, set)):
             live.clear()
             (live.extend if isinstance(live, list) else live.update)(merged)
-            self._live[key], self._given[key] = live, raw
+            self._live[key], self._given[key] = live, Given(raw, fingerprint(live))
 
     def _forget_stored(self, key: str) -> None:
         # Deleted, or merged with what somebody else stored: it is read afresh.

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+import marshal
+from typing import Any, NamedTuple
 
 from . import merge
 from .codec import Serializer
+
+# The last version without references: equal values give equal bytes, whoever else holds parts of them.
+_MARSHAL = 2
+
+
+class Given(NamedTuple):
+    """What a mutable value was when it was handed out, or committed."""
+
+    #: Its bytes, as they are stored.
+    raw: bytes
+    fingerprint: bytes | None
+
+
+def fingerprint(value: Any) -> bytes | None:
+    """Return bytes that tell whether a value was changed in place; None for values that have none.
+
+    They are those of :mod:`marshal`, which takes exact built-in types at a tenth of what encoding costs.
+    Nothing is ever read back from them. A ``bytearray`` in the place of equal ``bytes`` is no change to it.
+    """
+    try:
+        return marshal.dumps(value, _MARSHAL)
+    except ValueError:
+        return None
 
 
 class Values:
