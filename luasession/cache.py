@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cachetools import LRUCache
 
-from .delta import Delta
+from .delta import Draft
 from .ids import SessionId, same_digest
 from .snapshot import Pair, Snapshot
 
@@ -52,6 +52,12 @@ class SnapshotCache:
             return entry
         return None
 
+    def peek(self, handle: str) -> Snapshot | None:
+        """Return a session's snapshot, to whoever shows it to nobody."""
+        with self._lock:
+            entry = self._entries.get(handle)
+        return entry and entry.snapshot
+
     def put(self, handle: str, snapshot: Snapshot, sent: int) -> None:
         """Keep what a call answered, unless something newer is there.
 
@@ -67,13 +73,13 @@ class SnapshotCache:
             self._store(handle, entry)
 
     def advance(
-        self, handle: str, replaced: Pair, delta: Delta, metadata: tuple[bytes, bytes], now_ms: int, sent: int
+        self, handle: str, replaced: Pair, draft: Draft, metadata: tuple[bytes, bytes], now_ms: int, sent: int
     ) -> Snapshot | None:
         """Put the snapshot that an own commit made in the place of the one it replaced.
 
         An entry of any other pair is dropped: foreign changes lie between.
 
-        :param delta: what was committed.
+        :param draft: lays over it what was committed.
         :param metadata: ``@i`` and ``@v`` as they now are.
         :param now_ms: the moment of the commit, milliseconds of the server's clock.
         :return: the new snapshot, if the one that was replaced was here.
@@ -85,7 +91,7 @@ class SnapshotCache:
             if held.snapshot.pair != replaced:
                 del self._entries[handle]
                 return None
-            snapshot = delta.over(held.snapshot, *metadata, now_ms)
+            snapshot = draft.over(held.snapshot, *metadata, now_ms)
             self._store(handle, Entry(snapshot, sent))
             return snapshot
 

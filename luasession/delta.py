@@ -164,6 +164,34 @@ class Delta(NamedTuple):
 _NOTHING_ELSE: Final = Delta()[3:]
 
 
+class Draft:
+    """What a delta will have made of a snapshot, drawn up before it is known what it met.
+
+    A commit is on its way for longer than that takes, even for a thousand fields.
+    """
+
+    __slots__ = ("_after", "_before", "_delta")
+
+    def __init__(self, delta: Delta) -> None:
+        self._delta = delta
+        self._before: Snapshot | None = None
+        self._after: Snapshot | None = None
+
+    def draw(self, before: Snapshot | None) -> None:
+        """Assume that this is the snapshot that will be replaced, None for nothing to assume."""
+        if before is not None:
+            after = self._delta.over(before, b"", b"", 0)
+            # Keys with an end of their own would depend on the moment of the commit.
+            if not after.deadlines:
+                self._before, self._after = before, after
+
+    def over(self, base: Snapshot, identity: bytes, state: bytes, now_ms: int) -> Snapshot:
+        """Return what :meth:`Delta.over` does."""
+        if self._after is None or base is not self._before:
+            return self._delta.over(base, identity, state, now_ms)
+        return Snapshot(identity, state, *self._after[2:])
+
+
 def _left_of(base: Snapshot, now_ms: int) -> tuple[dict[bytes, bytes], dict[bytes, int]]:
     fields, deadlines = dict(base.fields), dict(base.deadlines)
     for name, deadline in base.deadlines.items():

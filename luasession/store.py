@@ -20,7 +20,7 @@ from .calls import Caller, Calls
 from .client import Patience
 from .clock import now_ns
 from .config import Config
-from .delta import Change, Delta
+from .delta import Change, Delta, Draft
 from .errors import CorruptSession, SessionTooLarge, SessionUnavailable
 from .ids import SessionId, new_write_id, same_digest
 from .index import TOLD, PrincipalIndex
@@ -230,22 +230,30 @@ class Store:
         def arguments(age: int, resend: int) -> tuple[bytes, ...]:
             return (digest, age.to_bytes(7) + resend.to_bytes(7) + numbers, *packed)
 
-        here = self._here
+        here, draft = self._here, Draft(delta)
+
+        def prepare() -> None:
+            draft.draw(None if create else here.cache.peek(handle))
+            if meanwhile is not None:
+                meanwhile()
+
         try:
             sent, (code, _id, now_us, *rest) = here.calls.run(
-                "commit", handle, write_id, caller, arguments, meanwhile=meanwhile
+                "commit", handle, write_id, caller, arguments, meanwhile=prepare
             )
         except SessionUnavailable:
             # It may have been applied all the same: what is held here may be of before it.
             here.cache.drop(handle)
             raise
-        if code == Code.APPLIED:
-            here.stats.add("commits", sum(map(len, packed)))
-            expected = rotate_to.digest if rotate_to else digest
-            fresh = create or delta.cleared
-            return self._applied(
-                handle, write_id, delta, rest, int.from_bytes(now_us) // 1000, sent, expected, fresh
-            )
+        if code != Code.APPLIED:
+            return self._not_applied(handle, delta, code, rest)
+        here.stats.add("commits", sum(map(len, packed)))
+        expected = rotate_to.digest if rotate_to else digest
+        fresh = create or delta.cleared
+        now_ms = int.from_bytes(now_us) // 1000
+        return self._applied(handle, write_id, delta, draft, rest, now_ms, sent, expected, fresh)
+
+    def _not_applied(self, handle: str, delta: Delta, code: bytes, rest: list[Any]) -> Conflicting | Refused:
         if code == Code.CONFLICT:
             _identity, state, *items = rest
             current = _paired(items)
@@ -257,7 +265,7 @@ class Store:
             raise SessionTooLarge(rest[0], self._config.max_bytes)
         if code == Code.UNKNOWN:
             raise SessionUnavailable("whether the commit was applied is no longer known")
-        here.cache.drop(handle)
+        self._here.cache.drop(handle)
         return Refused(_standing(code), was_open=bool(rest and rest[0]))
 
     def _applied(
@@ -265,6 +273,7 @@ class Store:
         handle: str,
         write_id: bytes,
         delta: Delta,
+        draft: Draft,
         rest: list[Any],
         now_ms: int,
         sent: int,
@@ -283,7 +292,7 @@ class Store:
             snapshot = delta.over(None, identity, state, now_ms)
             cache.put(handle, snapshot, sent)
         else:
-            snapshot = cache.advance(handle, replaced, delta, (identity, state), now_ms, sent)
+            snapshot = cache.advance(handle, replaced, draft, (identity, state), now_ms, sent)
         report = _paired(items) if items else _NOTHING
         return Applied(
             delta,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import luasession.cache
 from luasession.cache import Entry, SnapshotCache
-from luasession.delta import Delta, Put
+from luasession.delta import Delta, Draft, Put
 from luasession.ids import SessionId
 from luasession.snapshot import Snapshot
 
@@ -37,9 +37,9 @@ def sized(size: int, version: int = 1) -> Snapshot:
     return image(version, SECRET, f=b"x" * (size - 1))
 
 
-def makes(snapshot: Snapshot | None) -> Delta:
-    """Return what stands for a delta that makes this snapshot of any, None for one that is never asked."""
-    return cast("Delta", SimpleNamespace(over=lambda *_: snapshot or pytest.fail("asked")))
+def makes(snapshot: Snapshot | None) -> Draft:
+    """Return what stands for a draft that makes this snapshot of any, None for one that is never asked."""
+    return cast("Draft", SimpleNamespace(over=lambda *_: snapshot or pytest.fail("asked")))
 
 
 def held(cache: SnapshotCache, handle: str) -> bool:
@@ -87,7 +87,7 @@ def test_after_a_rotation_the_new_secret_counts() -> None:
     """Advanced by a commit that rotated, an entry is the new secret's and no longer the old one's (G8)."""
     cache = SnapshotCache(10_000)
     cache.put(A.handle, image(1), 1)
-    cache.advance(A.handle, image(1).pair, Delta(), (identity("new"), state(2)), NOW_MS, 2)
+    cache.advance(A.handle, image(1).pair, Draft(Delta()), (identity("new"), state(2)), NOW_MS, 2)
     assert cache.get(A) is None
     assert cache.get(SessionId(A.handle, "new")) is not None
 
@@ -134,7 +134,7 @@ def test_an_own_commit_advances_the_entry() -> None:
     cache, base = SnapshotCache(10_000), image(1, a=b"1")
     cache.put(A.handle, base, 1)
     delta = Delta(sets={b"b": Put(b"2")})
-    made = cache.advance(A.handle, base.pair, delta, METADATA, NOW_MS, 7)
+    made = cache.advance(A.handle, base.pair, Draft(delta), METADATA, NOW_MS, 7)
     assert made is not None
     assert made.fields == {b"a": b"1", b"b": b"2"}
     entry = cache.get(A)

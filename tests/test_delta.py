@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luasession.delta import KEEP, KEPT, Change, Check, Delta, Put, Rotation
+from luasession.delta import KEEP, KEPT, Change, Check, Delta, Draft, Put, Rotation
 from luasession.snapshot import Snapshot
 
 from .images import NOW_MS, identity, image, state
@@ -93,6 +93,18 @@ def test_a_snapshot_is_not_changed_by_what_is_laid_over_it(first: Delta, then: D
     fields, deadlines = dict(base.fields), dict(base.deadlines)
     then.over(base, identity(), state(2), NOW_MS + 10_000)
     assert (dict(base.fields), dict(base.deadlines)) == (fields, deadlines)
+
+
+@given(deltas(), deltas(), deltas(), st.integers(0, 2000))
+def test_a_draft_changes_nothing(first: Delta, then: Delta, delta: Delta, later: int) -> None:
+    """Whether it was drawn up for the snapshot that the delta met, for another one or for none: all is as without."""
+    empty = Snapshot(identity(), state(1), {})
+    met = first.over(empty, identity(), state(2), NOW_MS)
+    about = (identity("new"), state(3), NOW_MS + later)
+    for assumed in (met, then.over(met, identity(), state(9), NOW_MS), None):
+        draft = Draft(delta)
+        draft.draw(assumed)
+        assert draft.over(met, *about) == delta.over(met, *about)
 
 
 def test_over_takes_the_metadata_as_it_is_given() -> None:

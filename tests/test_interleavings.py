@@ -14,7 +14,7 @@ import pytest
 import luasession.cache
 import luasession.store
 from luasession import merge
-from luasession.delta import Delta
+from luasession.delta import Draft
 
 from .conftest import MakeApp, TestApp
 from .interleaving import (
@@ -399,10 +399,10 @@ def test_a_careless_cache_is_found(
     """A cache that lays a delta over whatever it holds is found by two processes and one read."""
 
     def advance(
-        self: Any, handle: str, _replaced: Any, delta: Delta, metadata: Any, now_ms: int, sent: int
+        self: Any, handle: str, _replaced: Any, draft: Draft, metadata: Any, now_ms: int, sent: int
     ) -> Any:
         held = self._entries.get(handle)
-        snapshot = held and delta.over(held.snapshot, *metadata, now_ms)
+        snapshot = held and draft.over(held.snapshot, *metadata, now_ms)
         if snapshot:
             self._store(handle, luasession.cache.Entry(snapshot, sent))
         return snapshot
