@@ -71,7 +71,7 @@ local FORMER, FORMER_BYTES = '>c32I7I6B', 46     -- digest, moment us, grace end
 local NOTHING, COMMIT, ALL = 0, 1, 2             -- under a former digest: nothing goes any more, who was open
                                                  -- before may commit, all goes until the grace ends
 local PENDING, PENDING_BYTES = '>c32I6', 38      -- digest offered and not yet presented, moment ms
-local NONE = ('\0'):rep(8)
+local NONE = '\0\0\0\0\0\0\0\0'
 local RING, RING_HEAD = '>I7I7B', 15                -- floor us, mark us, ids from before the mark
 local TRANSIT = 20000                            -- microseconds by which two calls' transits may differ
 local KEEP = 2 ^ 48 - 1                          -- a ttl: the end that the field has now
@@ -85,7 +85,7 @@ local CHUNK = 7000                               -- arguments that unpack takes
 
 local clock = redis.call('TIME')
 local now_us = clock[1] * 1000000 + clock[2]
-local now = math.floor(now_us / 1000)
+local now = (now_us - now_us % 1000) / 1000
 local opened = now_us - age
 
 local function answer(code, ...)
@@ -462,14 +462,15 @@ if create then
 else
   local entry
   if not clear and #named < EVERYTHING then
-    local parts, length = {struct.pack('>c4B', write_id, #named)}, 0
+    entry = struct.pack('>c4B', write_id, #named)
     for i = 1, #named do
       local size = #named[i]
-      length = length + 1 + (size > 255 and math.huge or size)
-      if length > limit / 2 + 16 then break end
-      parts[i + 1] = struct.pack('>Bc0', size, named[i])
+      if size > 255 or #entry + size > limit / 2 + 20 then
+        entry = nil
+        break
+      end
+      entry = entry .. struct.pack('>Bc0', size, named[i])
     end
-    if length <= limit / 2 + 16 then entry = table.concat(parts) end
   end
   entry = entry or struct.pack('>c4B', write_id, EVERYTHING)
   if #journal + #entry > limit then
