@@ -193,3 +193,20 @@ def test_a_touch_under_a_former_secret_repeats_no_id(make_app: MakeApp, in_fligh
     browser.run(view)
     assert "session" not in browser.set_cookies
     assert other.run(lambda: session["a"]) == 1
+
+
+@pytest.mark.parametrize(("rotations", "ends"), [(4, True), (5, False)])
+def test_a_log_out_over_many_rotations(app: TestApp, rotations: int, ends: bool) -> None:
+    """Over as many rotations as a session remembers a log-out ends it; over more it ends nothing, and no cookie goes."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    slow = browser.twin()
+
+    def log_out() -> None:
+        for _ in range(rotations):
+            browser.run(lambda: session.regenerate())
+        session.destroy()
+
+    slow.run(log_out)
+    assert bool(slow.set_cookies) is ends
+    assert browser.run(lambda: session.get("a")) == (None if ends else 1)
