@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from threading import Timer
 from typing import Any
 from uuid import uuid4
@@ -265,6 +266,13 @@ def test_in_doubt_all_sentinels_are_asked() -> None:
 # Failovers.
 
 
+def promoted(topology: SentinelTopology, old: Server) -> bool:
+    """Ask for a failover, and tell whether it came: on a busy machine sentinels give one up at times."""
+    with topology.sentinels[0].client() as client, suppress(redis.ResponseError):  # one is under way
+        client.execute_command("SENTINEL", "FAILOVER", "main")
+    return eventually(lambda: topology.primary is not old, 15)
+
+
 @pytest.mark.parametrize("way", ["url", "redis-py", "valkey-py"])
 def test_a_planned_failover(sentinels: Topologies, way: str) -> None:
     """While another server is promoted, beside the old one that still takes writes, nothing acknowledged is lost."""
@@ -293,9 +301,7 @@ def test_a_planned_failover(sentinels: Topologies, way: str) -> None:
     with ThreadPoolExecutor(2) as pool:
         workers = [pool.submit(write, worker) for worker in range(2)]
         try:
-            with topology.sentinels[0].client() as client:
-                client.execute_command("SENTINEL", "FAILOVER", "main")
-            assert eventually(lambda: topology.primary is not old, 30)
+            assert any(promoted(topology, old) for _ in range(4))
             assert eventually(lambda: connections(app, browser).port == topology.primary.port)
             # What the sentinels do ten seconds later.
             with old.client() as client:
