@@ -359,7 +359,8 @@ class Ledger:
                 continue
             self._sets.pop(key, None)
             if key in live and not is_immutable(live[key]):
-                given[key] = Given(put.value, fingerprint(live[key]))
+                # No fingerprint: while the commit was on its way another thread may have changed the value.
+                given[key] = Given(put.value, None)
         if sent.cleared:
             self.cleared = False
 
@@ -392,7 +393,7 @@ class Ledger:
         if ours and type(live) is type(merged) and isinstance(live, (list, dict, set)):
             live.clear()
             (live.extend if isinstance(live, list) else live.update)(merged)
-            self._live[key], self._given[key] = live, Given(raw, fingerprint(live))
+            self._live[key], self._given[key] = live, Given(raw, None)
 
     def _forget_stored(self, key: str) -> None:
         # Deleted, or merged with what somebody else stored: it is read afresh.

@@ -363,3 +363,27 @@ def test_work_that_goes_on_after_the_response(app: TestApp) -> None:
     answered.set()
     threads[0].join()
     assert browser.run(lambda: session["jobs"]) == ["begun", "done"]
+
+
+def test_a_change_in_place_while_the_commit_is_on_its_way(app: TestApp) -> None:
+    """What somebody who shares the value does to it between sending and reply is stored afterwards."""
+    browser = app.browser()
+    calls = app.flask.session_interface.store.calls  # type: ignore[attr-defined]
+    run, carts = calls.run, []
+
+    def slow(*about: Any, **more: Any) -> Any:
+        answer = run(*about, **more)
+        while carts:
+            carts.pop().append(2)
+        return answer
+
+    def view() -> None:
+        session["cart"] = [1]
+        carts.append(session["cart"])
+
+    calls.run = slow
+    try:
+        browser.run(view)
+    finally:
+        del calls.run
+    assert browser.run(lambda: session["cart"]) == [1, 2]
