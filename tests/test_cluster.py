@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
 from typing import Any
 from uuid import uuid4
 
@@ -62,11 +63,19 @@ def slot_port(observer: Server, slot: int) -> int:
 def test_a_primary_that_was_replaced_while_it_hung(any_cluster: ClusterTopology) -> None:
     """What it answers when it goes on, knowing no newer secret, takes no browser out of its session."""
     app = app_on(any_cluster, SESSION_CACHE_TTL=None)
-    browser = app.browser()
-    browser.run(lambda: session.update(a=1))
-    other = browser.twin(app.another())
-    key = key_of(app, browser)
+    # A server that is stopped right after its answer may not have sent it to its replica.
+    other = app.another(SESSION_WAIT_REPLICAS=1, SESSION_WAIT_TIMEOUT=10).browser()
+    other.run(lambda: session.update(a=1))
+    assert other.twin(app).run(see) == {"a": 1}
+    other = other.twin(app.another())
+    key = key_of(app, other)
     hung = any_cluster.owner(key)
+    writing = Event()
+
+    def write() -> None:
+        session["b"] = 2
+        writing.set()
+
     hung.pause()
     try:
         observer = next(each for each in any_cluster.servers if each is not hung)
@@ -74,7 +83,8 @@ def test_a_primary_that_was_replaced_while_it_hung(any_cluster: ClusterTopology)
         other.run(lambda: session.regenerate())
         late = other.twin(app)  # whose process has heard nothing of it
         with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(late.run, lambda: session.update(b=2))
+            answer = pool.submit(late.run, write)
+            assert writing.wait(10)
             time.sleep(0.3)
             hung.resume()
             answer.result(30)
