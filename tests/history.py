@@ -42,7 +42,7 @@ class Kind(Enum):
     VERSION = "versions do not grow"
     ERROR = "an answer that is no answer"
     #: No violation, and told apart: README has it among the limits.
-    LIMIT = "a request began a session of its own, its id being one that is no longer known"
+    LIMIT = "a request began a session of its own or ended none, its id being one that is no longer known"
 
 
 # How a change shows that a failover has taken it, beside reads that miss it.
@@ -223,12 +223,15 @@ class _Life:
         self.records = records
         self.history = history
         self.changes = [record for record in records if record.changes and record.op != "late"]
-        self.logouts = [record for record in records if record.op == "logout" and not record.refused]
         starts = [record for record in records if record.op == "start" and record.commits]
         self.handle = starts[0].commits[0][0] if starts else ""
         self.by_key: dict[str, list[Record]] = {}
         for record in self.changes:
             self.by_key.setdefault(record.key, []).append(record)
+        out = [record for record in records if record.op == "logout" and not record.refused]
+        #: Log-outs whose id was no longer known: they have ended nothing.
+        self.too_late = [record for record in out if self._found_none(record) and self._too_late(record)]
+        self.logouts = [record for record in out if record not in self.too_late]
 
     @property
     def is_gone(self) -> bool:
@@ -262,6 +265,9 @@ class _Life:
             return
         yield from self._check_commits()
         yield from self._check_end()
+        for record in self.too_late:
+            why, over = self._too_late(record), self._rotations_over(record)
+            yield self.fault(Kind.LIMIT, f"a log-out ended nothing {why}", *over, record)
 
     # -- what the session is like at some time ------------------------------
 
@@ -427,13 +433,25 @@ class _Life:
         over = self._rotations_over(record)
         if self._has_ended(record) or (record.op == "rotate" and over):
             return
-        old = any(record.end > other.start + self.history.grace for other in over)
-        if self._knew_nothing(record) and (old or len(over) > FORMERS):
-            why = f"after {len(over)} rotations" if len(over) > FORMERS else "after the grace of a rotation"
+        if self._knew_nothing(record) and (why := self._too_late(record)):
             yield self.fault(Kind.LIMIT, f"{record.key} began a session of its own {why}", *over, record)
         else:
             message = f"a new session was begun under a live id, {len(over)} rotations later"
             yield self.fault(Kind.DENIED, message, *over, record)
+
+    def _too_late(self, record: Record) -> str:
+        """Return why the id of a request may be one that is no longer known; empty if it has to be."""
+        over = self._rotations_over(record)
+        if len(over) > FORMERS:
+            return f"after {len(over)} rotations"
+        if any(record.end > other.start + self.history.grace for other in over):
+            return "after the grace of a rotation"
+        return ""
+
+    def _found_none(self, out: Record) -> bool:
+        """Whether each sending of a log-out was answered that there is no such session."""
+        told = [call.rpartition(" at ")[0] for call in out.calls if call.startswith("destroy ")]
+        return out.status == 200 and bool(told) and all(call.endswith(": missing") for call in told)
 
     def _knew_nothing(self, record: Record) -> bool:
         """Whether a request had not been shown the session: who has seen it can tell that it is there."""

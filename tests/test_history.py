@@ -295,6 +295,57 @@ def test_an_id_that_is_no_longer_known_is_a_limit(
     assert limit.records == (*before, write)
 
 
+@pytest.mark.parametrize(
+    ("before", "end", "words"),
+    [
+        (rotations(5), 9.0, "after 5 rotations"),
+        ([record("rotate", 2, 3, "k0", status=503)], 63.0, "after the grace of a rotation"),
+    ],
+)
+def test_a_log_out_under_an_id_that_is_no_longer_known_is_a_limit(
+    before: list[Record], end: float, words: str
+) -> None:
+    """It has ended nothing, as it was told; what comes after it is judged as if it had not been."""
+    version, kept = 1 + len(before), rotated(len(before))
+    out = record("logout", 1.5, end, calls=("destroy HHHHHH 0a0b0c: missing at a:1 in 1 ms",))
+    read = record("read", end + 9, end + 9.5, seen={"owner": "a:owner", **kept}, version=version)
+    report = check(History([START, *before, out, read], held(version, **kept)))
+    assert report.violations == []
+    (limit,) = report.limits
+    assert limit.message == f"a: a log-out ended nothing {words}"
+    assert limit.records == (*before, out)
+
+
+def test_what_a_log_out_did_not_end_is_denied_to_nobody() -> None:
+    """After one whose id was no longer known, a request under the newest id finds the session."""
+    out = record("logout", 1.5, 9, calls=("destroy HHHHHH 0a0b0c: missing at a:1 in 1 ms",))
+    read = record("read", 10, 11, seen={})
+    assert verdict(*rotations(5), out, read, stored=held(6, **rotated(5))) == [Kind.DENIED]
+
+
+@pytest.mark.parametrize(
+    ("before", "calls"),
+    [
+        (rotations(4), ("destroy HHHHHH 0a0b0c: missing at a:1 in 1 ms",)),
+        (rotations(5), ("destroy HHHHHH 0a0b0c: destroyed at a:1 in 1 ms",)),
+        (
+            rotations(5),
+            (
+                "destroy HHHHHH 0a0b0c: ConnectionError gone at a:1 in 7 ms",
+                "destroy HHHHHH 0a0b0c: missing at a:1 in 1 ms",
+            ),
+        ),
+        (rotations(5), ()),
+    ],
+    ids=["known", "ended", "asked-twice", "not-asked"],
+)
+def test_a_log_out_that_has_to_end_the_session_is_none(before: list[Record], calls: tuple[str, ...]) -> None:
+    """Its id was still known, or it was not told by all that there is no session: then what stays has returned."""
+    out = record("logout", 1.5, 9, calls=calls)
+    kept = rotated(len(before))
+    assert verdict(*before, out, stored=held(1 + len(before), **kept)) == [Kind.RETURNED]
+
+
 def test_a_limit_excuses_nothing_else() -> None:
     """What such a request wrote is neither in the session that it was sent to, nor does it bring back any of it."""
     kept = rotated(5)
