@@ -14,7 +14,7 @@ from flask.sessions import SessionInterface
 from flask.wrappers import Response
 from werkzeug.http import dump_cookie
 
-from .outcome import Standing
+from .outcome import LIVE
 from .session import LuaSession, visit_of
 
 if TYPE_CHECKING:
@@ -37,12 +37,13 @@ class Answer:
     :param interface: knows the app's rules for cookies.
     """
 
-    __slots__ = ("_app", "_attributes", "_config", "_end", "_interface", "_response", "_varies")
+    __slots__ = ("_app", "_attributes", "_caches", "_config", "_end", "_interface", "_response", "_varies")
 
     def __init__(self, interface: SessionInterface, app: Flask, config: Config, response: Response) -> None:
         self._interface = interface
         self._app = app
         self._config = config
+        self._caches = config.cache_ttl is not None
         self._response = response
         self._attributes: dict[str, Any] | None = None
         # What follows the value in a cookie that ends with the browser: the same each time.
@@ -101,8 +102,7 @@ class Answer:
     def _set_cookies(self, session: LuaSession, visit: Visit, attributes: dict[str, Any]) -> None:
         response, name = self._response, visit.name
         expires = self._interface.get_expiration_time(self._app, session) if visit.seen else None
-        named = visit.offered or visit.id
-        if named is not None and self._is_id_due(visit):
+        if self._is_id_due(visit) and (named := visit.offered or visit.id) is not None:
             self._set_cookie(name, named.sid, expires, attributes)
             self._keep_private()
         if not self._caches:
@@ -122,10 +122,6 @@ class Answer:
         # Neither ids nor numbers need quoting, and what follows them is the same each time.
         end = self._end or _end_of_cookie(**attributes)
         self._response.headers.add("Set-Cookie", f"{name}={value}{end}")
-
-    @property
-    def _caches(self) -> bool:
-        return self._config.cache_ttl is not None
 
     def _keep_private(self) -> None:
         # A cache between us and the browser would hand one visitor's id to the next (OWASP, "Web Content
@@ -163,12 +159,14 @@ class Answer:
         """
         if visit.issued is not None:
             return True
-        if visit.standing is not Standing.LIVE or visit.seen is None:
+        if visit.standing is not LIVE or visit.seen is None:
             return False
         if visit.offered is not None:
             return True
-        refresh = visit.seen.permanent and self._app.config["SESSION_REFRESH_EACH_REQUEST"]
-        return visit.expiry_changed or bool(visit.refreshed and refresh)
+        if not visit.refreshed:
+            return visit.expiry_changed
+        refresh: bool = visit.seen.permanent and self._app.config["SESSION_REFRESH_EACH_REQUEST"]
+        return visit.expiry_changed or refresh
 
 
 @lru_cache(maxsize=64)

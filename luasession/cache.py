@@ -10,7 +10,7 @@ from __future__ import annotations
 from threading import Lock
 from typing import NamedTuple
 
-from cachetools import LRUCache
+from cachetools import Cache, LRUCache
 
 from .delta import Draft
 from .ids import SessionId, same_digest
@@ -47,15 +47,18 @@ class SnapshotCache:
     def get(self, session_id: SessionId) -> Entry | None:
         """Return the entry of a session, if the id is the right one for it."""
         with self._lock:
-            entry = self._entries.get(session_id.handle)
-        if entry is not None and same_digest(entry.snapshot.digest, session_id.digest):
+            try:
+                entry = self._entries[session_id.handle]
+            except KeyError:
+                return None
+        if same_digest(entry.snapshot.digest, session_id.digest):
             return entry
         return None
 
     def peek(self, handle: str) -> Snapshot | None:
-        """Return a session's snapshot, to whoever shows it to nobody."""
+        """Return a session's snapshot, to whoever shows it to nobody; that is no use of it."""
         with self._lock:
-            entry = self._entries.get(handle)
+            entry = self._look(handle)
         return entry and entry.snapshot
 
     def put(self, handle: str, snapshot: Snapshot, sent: int) -> None:
@@ -67,7 +70,7 @@ class SnapshotCache:
         """
         entry = Entry(snapshot, sent)
         with self._lock:
-            held = self._entries.get(handle)
+            held = self._look(handle)
             if held is not None and held.snapshot.version > snapshot.version and held.sent >= sent:
                 return
             self._store(handle, entry)
@@ -85,7 +88,7 @@ class SnapshotCache:
         :return: the new snapshot, if the one that was replaced was here.
         """
         with self._lock:
-            held = self._entries.get(handle)
+            held = self._look(handle)
             if held is None:
                 return None
             if held.snapshot.pair != replaced:
@@ -99,6 +102,13 @@ class SnapshotCache:
         """Forget a session."""
         with self._lock:
             self._entries.pop(handle, None)
+
+    def _look(self, handle: str) -> Entry | None:
+        # The plain cache's look-up: by that of LRUCache the entry would count as used.
+        try:
+            return Cache.__getitem__(self._entries, handle)
+        except KeyError:
+            return None
 
     def _store(self, handle: str, entry: Entry) -> None:
         try:

@@ -70,7 +70,7 @@ class Calls:
     def now_ms(self, handle: str) -> int:
         """Return the clock of a session's server in milliseconds, as last seen and counted on."""
         client = self._client
-        server = None if client is None else client.known(self.key(handle))
+        server = None if client is None else client.known(self._prefix + handle.encode())
         if server is None or server.clock_offset is None:
             return time.time_ns() // 1_000_000
         return (now_ns() // 1000 + server.clock_offset) // 1000
@@ -117,7 +117,7 @@ class Calls:
         """
         text = script(name)
         key = self.key(handle)
-
+        client = self._client or self.client
         since = began = 0
 
         def words(sent: int, first: int, known: bool) -> tuple[bytes, ...]:
@@ -125,24 +125,25 @@ class Calls:
             began = first = since or first
             if not known:
                 self._stats.add("script_reloads")
-            how = (b"EVALSHA", text.sha) if known else (b"EVAL", text.text)
+            command, named = (b"EVALSHA", text.sha) if known else (b"EVAL", text.text)
             # Sent again it is marked so, even within a microsecond: not found in the ring, it may have
             # been applied.
             resend = _microseconds(sent - first) or 1 if sent != first else 0
-            return (*how, b"1", key, call_id, *arguments(_microseconds(sent - caller.opened), resend))
+            age = _microseconds(sent - caller.opened)
+            return (command, named, b"1", key, call_id, *arguments(age, resend))
 
         def accept(reply: Any) -> bool:
             return isinstance(reply, list) and len(reply) >= 3 and bool(reply[1] == call_id)
 
         wait = self._wait if writes else None
-        sent, reply, server = self.client.call(words, accept, caller.patience, wait, key, meanwhile)
-        if reply[0] == Code.MISSING and now_ns() - sent > _SLOW and self.client.doubt(server):
+        sent, reply, server = client.call(words, accept, caller.patience, wait, key, meanwhile)
+        if now_ns() - sent > _SLOW and reply[0] == Code.MISSING and client.doubt(server):
             # A primary that hung and was replaced meanwhile answers, when it goes on, what was sent to it
             # before it hears of that. It knows no secret and no session that its successor has made, and
             # whoever believed it would begin a new session, and take the browser out of its own. This is one
             # more sending of the same, as an earlier one may have been applied elsewhere (G6).
             since = began
-            sent, reply, server = self.client.call(words, accept, caller.patience, wait, key)
+            sent, reply, server = client.call(words, accept, caller.patience, wait, key)
         _set_clock(server, int.from_bytes(reply[2]), sent)
         return sent, reply
 
@@ -165,7 +166,10 @@ def _set_clock(server: Connections, server_us: int, sent: int) -> None:
 
 def _microseconds(nanoseconds: int) -> int:
     # As the scripts take it, 7 bytes. A clock that was set back makes nobody younger than nothing.
-    return min(max(nanoseconds // 1000, 0), _LONGEST)
+    microseconds = nanoseconds // 1000
+    if 0 <= microseconds <= _LONGEST:
+        return microseconds
+    return 0 if microseconds < 0 else _LONGEST
 
 
 def _is_time(reply: Any) -> bool:

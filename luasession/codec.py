@@ -254,6 +254,13 @@ class JSONSerializer(_Tagged):
         # float() makes a new NaN each time: two NaNs in a set are two members.
         self._decoder = JSONDecoder(object_hook=_untag, parse_constant=float)
 
+    def dumps(self, value: Any) -> bytes:
+        """Encode a value; see :meth:`_Tagged.dumps`."""
+        # Most values are texts, which need no walk.
+        if type(value) is str:
+            return encode_basestring(value).encode("utf-8", "surrogatepass")
+        return super().dumps(value)
+
     def _encode(self, plain: Any) -> bytes:
         if type(plain) is str:
             return _dump_text(encode_basestring(plain))
@@ -267,7 +274,7 @@ class JSONSerializer(_Tagged):
         :raises ValueError: for data that does not decode, tags with wrong content included.
         """
         try:
-            text = _load_text(data)
+            text = data.decode("utf-8", "surrogatepass")
             value, end = self._decoder.raw_decode(text)
         except RecursionError:
             raise ValueError(_TOO_DEEP) from None

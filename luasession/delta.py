@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import IntEnum
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from .snapshot import Pair, Snapshot
 
 _NOTHING: Final[Mapping[bytes, Any]] = MappingProxyType({})
+
+#: What a snapshot has beside the metadata: fields, lifetime, principal, label, deadlines.
+Content: TypeAlias = tuple[Mapping[bytes, bytes], int | None, str | None, str | None, Mapping[bytes, int]]
 
 
 class Check(IntEnum):
@@ -127,6 +130,10 @@ class Delta(NamedTuple):
         :param state: ``@v`` as it now is.
         :param now_ms: the moment of the commit, milliseconds of the server's clock.
         """
+        return Snapshot(identity, state, *self.content_over(base, now_ms))
+
+    def content_over(self, base: Snapshot | None, now_ms: int) -> Content:
+        """Return the same without the metadata."""
         ends: Mapping[bytes, int] = {}
         if base is None or self.cleared:
             fields: dict[bytes, bytes] = {}
@@ -158,7 +165,7 @@ class Delta(NamedTuple):
             principal = self.principal.value
         if self.label:
             label = self.label.value
-        return Snapshot(identity, state, fields, lifetime_ms, principal, label, deadlines)
+        return fields, lifetime_ms, principal, label, deadlines
 
 
 _NOTHING_ELSE: Final = Delta()[3:]
@@ -175,21 +182,21 @@ class Draft:
     def __init__(self, delta: Delta) -> None:
         self._delta = delta
         self._before: Snapshot | None = None
-        self._after: Snapshot | None = None
+        self._after: Content | None = None
 
     def draw(self, before: Snapshot | None) -> None:
         """Assume that this is the snapshot that will be replaced, None for nothing to assume."""
         if before is not None:
-            after = self._delta.over(before, b"", b"", 0)
+            *_, deadlines = after = self._delta.content_over(before, 0)
             # Keys with an end of their own would depend on the moment of the commit.
-            if not after.deadlines:
+            if not deadlines:
                 self._before, self._after = before, after
 
     def over(self, base: Snapshot, identity: bytes, state: bytes, now_ms: int) -> Snapshot:
         """Return what :meth:`Delta.over` does."""
         if self._after is None or base is not self._before:
             return self._delta.over(base, identity, state, now_ms)
-        return Snapshot(identity, state, *self._after[2:])
+        return Snapshot(identity, state, *self._after)
 
 
 def _left_of(base: Snapshot, now_ms: int) -> tuple[dict[bytes, bytes], dict[bytes, int]]:

@@ -26,6 +26,10 @@ class Standing(Enum):
     STALE = "stale"
 
 
+# Names of their own: in Python 3.11 a look-up in an enumeration costs as much as a call.
+LIVE, FORMER, MISSING, GONE, STALE = Standing
+
+
 class Loaded(NamedTuple):
     """What a load found."""
 

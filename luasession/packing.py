@@ -18,7 +18,11 @@ def pack_delta(delta: Delta, new_digest: bytes, offer: bytes = b"") -> list[byte
     :param offer: see :func:`pack_offer`; empty for none.
     """
     own = b"".join([write_id[:4] for write_id in delta.own]) if delta.own else b""
-    arguments = [delta.base or b"", own, _pack_sets(delta)]
+    parts: list[bytes] = []
+    for name, (value, check, ttl_ms) in delta.sets.items():
+        head = check.to_bytes(1) + ttl_ms.to_bytes(6) if check or ttl_ms else _NO_CHECK_NO_TTL
+        parts += (head, len(name).to_bytes(4), name, len(value).to_bytes(4), value)
+    arguments = [delta.base or b"", own, b"".join(parts)]
     if not offer and not new_digest and delta.only_sets:
         return arguments
     arguments += [
@@ -69,11 +73,3 @@ def _pack_name(name: bytes) -> bytes:
 
 def _pack_deletes(delta: Delta) -> bytes:
     return b"".join([check.to_bytes(1) + _pack_name(name) for name, check in delta.deletes.items()])
-
-
-def _pack_sets(delta: Delta) -> bytes:
-    parts: list[bytes] = []
-    for name, (value, check, ttl_ms) in delta.sets.items():
-        head = check.to_bytes(1) + ttl_ms.to_bytes(6) if check or ttl_ms else _NO_CHECK_NO_TTL
-        parts += (head, len(name).to_bytes(4), name, len(value).to_bytes(4), value)
-    return b"".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from flask.sessions import SessionMixin
@@ -41,7 +42,8 @@ class LuaSession(SessionMixin):
         return self._transaction.ledger.get(key)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        _check_key(key)
+        if not isinstance(key, str):
+            raise _not_a_key(key)
         self._transaction.set(key, value)
 
     def __delitem__(self, key: str) -> None:
@@ -67,7 +69,8 @@ class LuaSession(SessionMixin):
         :raise TypeError: if the key is not a str.
         :raise ValueError: if ``ttl`` is not a positive time.
         """
-        _check_key(key)
+        if not isinstance(key, str):
+            raise _not_a_key(key)
         ttl_ms = 0 if ttl is None else _milliseconds(ttl, "ttl", at_least=1)
         self._transaction.set(key, value, ttl_ms)
 
@@ -231,26 +234,20 @@ class LuaSession(SessionMixin):
             ``"serializable"`` also if another key that this request has read was changed.
         :raise SessionGone: if the session has ended, or was rotated away.
         """
-        _check_key(key)
+        if not isinstance(key, str):
+            raise _not_a_key(key)
         return self._transaction.atomic_update(key, function, default)
 
 
 # Functions, since whatever is an attribute of a session hides a key of that name from templates.
+#: Returns what this request changes, on its way to the store.
+transaction_of: Callable[[LuaSession], Transaction] = attrgetter("_transaction")
+#: Returns what this request has had to do with the store.
+visit_of: Callable[[LuaSession], Visit] = attrgetter("_transaction.visit")
 
 
-def transaction_of(session: LuaSession) -> Transaction:
-    """Return what this request changes, on its way to the store."""
-    return session._transaction  # noqa: SLF001 - of this module
-
-
-def visit_of(session: LuaSession) -> Visit:
-    """Return what this request has had to do with the store."""
-    return session._transaction.visit  # noqa: SLF001 - of this module
-
-
-def _check_key(key: str) -> None:
-    if not isinstance(key, str):
-        raise TypeError(f"a session key must be a str, not {type(key).__name__}: {key!r}")
+def _not_a_key(key: object) -> TypeError:
+    return TypeError(f"a session key must be a str, not {type(key).__name__}: {key!r}")
 
 
 def _milliseconds(value: float | timedelta, name: str, at_least: int) -> int:

@@ -24,9 +24,9 @@ from .delta import Change, Delta, Draft
 from .errors import CorruptSession, SessionTooLarge, SessionUnavailable
 from .ids import SessionId, new_write_id, same_digest
 from .index import TOLD, PrincipalIndex
-from .outcome import Applied, Conflicting, Loaded, Refused, Standing
+from .outcome import FORMER, GONE, LIVE, MISSING, STALE, Applied, Conflicting, Loaded, Refused, Standing
 from .packing import NEVER, pack_change, pack_delta, pack_numbers, pack_offer
-from .scripts import Code
+from .scripts import APPLIED, Code
 from .snapshot import Snapshot, read_changes, read_hash
 from .stats import Stats
 from .vault import SEAL_BYTES, Vault
@@ -64,7 +64,8 @@ class Store:
         os.register_at_fork(after_in_child=_starter_afresh(weakref.ref(self)))
         # What commit.lua is told each time; it changes little.
         self._numbers = lru_cache(maxsize=64)(partial(pack_numbers, config))
-        self._vault = Vault(config.encryption_keys) if config.encryption_keys else None
+        #: Seals and opens values; None where they are stored as the serializer makes them.
+        self.vault = Vault(config.encryption_keys) if config.encryption_keys else None
 
     # -- reading ------------------------------------------------------------
 
@@ -103,7 +104,7 @@ class Store:
         if entry is None or (offer is None and self._is_cheap(entry.snapshot, session_id, caller)):
             snapshot = self._read_whole(session_id, caller)
             if snapshot is not None:
-                return Loaded(Standing.LIVE, snapshot)
+                return Loaded(LIVE, snapshot)
         return self._load(session_id, session_id.digest, caller, entry and entry.snapshot, offer)
 
     def confirm(
@@ -128,13 +129,15 @@ class Store:
     def _read_whole(self, session_id: SessionId, caller: Caller) -> Snapshot | None:
         # A plain HGETALL: Lua builds the same reply at several times the server's CPU. It proves itself
         # by the digest in it; without that it proves nothing, and load.lua is asked (G16).
-        sent, reply = self.calls.whole(session_id.handle, caller)
+        here = self._here
+        sent, reply = here.calls.whole(session_id.handle, caller)
         identity = reply.get(b"@i")
         if not isinstance(identity, bytes) or not same_digest(identity[1:33], session_id.digest):
             return None
         snapshot = read_hash(reply)
-        self._here.stats.add("loads", snapshot.size)
-        self._remember(session_id.handle, snapshot, sent)
+        here.stats.add("loads", snapshot.size)
+        if self._config.cache_ttl is not None:
+            here.cache.put(session_id.handle, snapshot, sent)
         return snapshot
 
     def _load(
@@ -146,7 +149,7 @@ class Store:
         offer: SessionId | None = None,
     ) -> Loaded:
         here = self._here
-        offered = self._packed_offer(offer)
+        offered = self._packed_offer(offer) if offer else b""
         lifetime_ms = (base and base.lifetime_ms) or caller.lifetime_ms
 
         def arguments(age: int, _resend: int) -> tuple[bytes, ...]:
@@ -176,25 +179,17 @@ class Store:
         else:
             snapshot = read_hash(_paired(items))
         if former:
-            return Loaded(Standing.FORMER, snapshot, bool(flags & 1))
-        if digest:
-            self._remember(session_id.handle, snapshot, sent)
-        return Loaded(Standing.LIVE, snapshot, bool(flags & 1), bool(flags & 2))
+            return Loaded(FORMER, snapshot, bool(flags & 1))
+        if digest and self._config.cache_ttl is not None:
+            here.cache.put(session_id.handle, snapshot, sent)
+        return Loaded(LIVE, snapshot, bool(flags & 1), bool(flags & 2))
 
-    def _packed_offer(self, offer: SessionId | None) -> bytes:
-        return pack_offer(offer.digest, self._config.renew_after_ms or 0) if offer else b""
-
-    def open(self, handle: str, name: bytes, stored: bytes) -> bytes:
-        """Return the bytes of a value as the serializer made them.
-
-        :param name: the hash field.
-        :raise ValueError: if the value is encrypted, and no key opens it.
-        """
-        return stored if self._vault is None else self._vault.open(handle, name, stored)
+    def _packed_offer(self, offer: SessionId) -> bytes:
+        return pack_offer(offer.digest, self._config.renew_after_ms or 0)
 
     def size_of(self, delta: Delta) -> int:
         """Return how many bytes of names and values a delta comes to as it is stored."""
-        return delta.size + (len(delta.sets) * SEAL_BYTES if self._vault else 0)
+        return delta.size + (len(delta.sets) * SEAL_BYTES if self.vault else 0)
 
     # -- writing ------------------------------------------------------------
 
@@ -220,12 +215,14 @@ class Store:
             answers that whether the commit was applied is no longer known.
         """
         handle, digest = session_id.handle, session_id.digest
-        if self._vault is not None:
-            delta = self._vault.seal(handle, delta)
+        if self.vault is not None:
+            delta = self.vault.seal(handle, delta)
         write_id = new_write_id()
         in_flight = delta.rotation is None or delta.rotation.in_flight
         numbers = self._numbers(create, delta.cleared, in_flight, caller.lifetime_ms, caller.uses)
-        packed = pack_delta(delta, rotate_to.digest if rotate_to else b"", self._packed_offer(offer))
+        packed = pack_delta(
+            delta, rotate_to.digest if rotate_to else b"", self._packed_offer(offer) if offer else b""
+        )
 
         def arguments(age: int, resend: int) -> tuple[bytes, ...]:
             return (digest, age.to_bytes(7) + resend.to_bytes(7) + numbers, *packed)
@@ -245,7 +242,7 @@ class Store:
             # It may have been applied all the same: what is held here may be of before it.
             here.cache.drop(handle)
             raise
-        if code != Code.APPLIED:
+        if code != APPLIED:
             return self._not_applied(handle, delta, code, rest)
         here.stats.add("commits", sum(map(len, packed)))
         expected = rotate_to.digest if rotate_to else digest
@@ -365,7 +362,7 @@ class Store:
 
     def now_ms(self, handle: str) -> int:
         """Return the clock of a session's server in milliseconds, as last seen and counted on."""
-        return self.calls.now_ms(handle)
+        return self._here.calls.now_ms(handle)
 
     @property
     def calls(self) -> Calls:
@@ -390,10 +387,6 @@ class Store:
         """Forget connections, cache and counters, as in the child of a fork."""
         self._here = _Process(self._config, self._name)
 
-    def _remember(self, handle: str, snapshot: Snapshot, sent: int) -> None:
-        if self._config.cache_ttl is not None:
-            self._here.cache.put(handle, snapshot, sent)
-
 
 def _starter_afresh(reference: weakref.ref[Store]) -> Callable[[], None]:
     def start() -> None:
@@ -411,9 +404,9 @@ def _standing(code: bytes) -> Standing:
     if code == Code.CORRUPT:
         raise CorruptSession("the metadata of the session is of another format, cut off or missing")
     return {
-        Code.MISSING: Standing.MISSING,
-        Code.GONE: Standing.GONE,
-        Code.STALE: Standing.STALE,
+        Code.MISSING: MISSING,
+        Code.GONE: GONE,
+        Code.STALE: STALE,
     }[Code(code)]
 
 

@@ -18,7 +18,7 @@ from .conflicts import Conflict
 from .delta import KEEP, Change, Check, Delta, Put, Rotation
 from .errors import SessionConflict, SessionGone, SessionTooLarge
 from .ledger import Ledger
-from .outcome import Applied, Conflicting, Refused, Standing
+from .outcome import MISSING, STALE, Applied, Conflicting, Refused
 from .snapshot import Pair, field_name, session_key
 
 if TYPE_CHECKING:
@@ -227,8 +227,8 @@ class Transaction:
             refused = self._apply()
             if refused is not None:
                 self._discard(refused)
-            elif self.ledger.loaded is not None:
-                visit.touch(self.ledger.loaded)
+            elif (snapshot := self.ledger.loaded) is not None:
+                visit.touch(snapshot)
         except Exception:
             visit.failed = self._told = True
             # With an error go the cookies of what this request has committed, and no others.
@@ -338,9 +338,9 @@ class Transaction:
         if isinstance(result, Conflicting):
             delta, result = self._merge(ours, result, conflicts)
         if isinstance(result, Refused):
-            if result.standing is Standing.STALE and ours.rotation:
+            if result.standing is STALE and ours.rotation:
                 return self._own_session(ours, result)
-            return None if result.standing is Standing.MISSING and not ours.creates else result
+            return None if result.standing is MISSING and not ours.creates else result
         if result.report:
             found = self.ledger.conflicts.find(ours, result.report)
             conflicts.update({conflict.key: conflict for conflict in found})

@@ -21,7 +21,7 @@ from .config import Config
 from .delta import Change, Delta
 from .errors import CorruptSession, SessionUnavailable
 from .ids import SessionId, new_session_id, parse_session_id
-from .outcome import Applied, Conflicting, Refused, Standing
+from .outcome import FORMER, GONE, LIVE, MISSING, STALE, Applied, Conflicting, Refused, Standing
 from .readers import idle_lifetime
 from .snapshot import Snapshot
 from .store import Store
@@ -110,7 +110,7 @@ class Visit:
         """The id of the session, None while there is none."""
         if self._request is not None:
             self._open()
-        return None if self.standing is Standing.MISSING else self._id
+        return None if self.standing is MISSING else self._id
 
     @property
     def presented_handle(self) -> str | None:
@@ -122,9 +122,8 @@ class Visit:
     def caller(self) -> Caller:
         """The request, as the store wants to know it."""
         if self._caller is None:
-            self._caller = self._store.caller(
-                self._opened, idle_lifetime(self._settings["PERMANENT_SESSION_LIFETIME"])
-            )
+            lifetime_ms = idle_lifetime(self._settings["PERMANENT_SESSION_LIFETIME"])
+            self._caller = self._store.caller(self._opened, lifetime_ms)
         return self._caller
 
     @property
@@ -137,7 +136,8 @@ class Visit:
 
         :raise ValueError: if the value is encrypted, and no key opens it.
         """
-        return self._store.open(self._id.handle, name, stored) if self._id else stored
+        vault = self._store.vault
+        return stored if vault is None or self._id is None else vault.open(self._id.handle, name, stored)
 
     def _open(self) -> None:
         if self._request is None:
@@ -148,7 +148,7 @@ class Visit:
         found = dict(reversed(_cookies(self.name).findall(header)))
         self._id = parse_session_id(found.get("", "").strip(), self.config.id_length)
         if self._id is None:
-            self.standing = Standing.MISSING
+            self.standing = MISSING
             return
         hint = found.get("_v", "").strip()
         if hint.isascii() and hint.isdigit() and len(hint) <= _HINT_DIGITS:
@@ -169,7 +169,7 @@ class Visit:
         if not self._others_hint and self.standing is None:
             snapshot = self._store.trusted(self._id, self._hint, self.caller)
             if snapshot is not None:
-                self.standing = Standing.LIVE
+                self.standing = LIVE
                 self.seen = snapshot
                 self._principal = snapshot.principal
                 return snapshot
@@ -195,7 +195,8 @@ class Visit:
             return None
         self.seen = loaded.snapshot
         self._principal = loaded.snapshot.principal
-        self._note_touch(loaded.touched)
+        if loaded.touched:
+            self._note_touch()
         if loaded.snapshot.version < self._hint:
             # A failover took versions back: a hint that stays above would have everybody confirm forever.
             self._hint = self.made = loaded.snapshot.version
@@ -211,10 +212,10 @@ class Visit:
             self._open()
         if self.standing in _ENDED:
             return Refused(self.standing)
-        if self._id is None or self.standing is Standing.MISSING:
+        if self._id is None or self.standing is MISSING:
             return self.create(delta)
         rotate_to = self._id.rotated(self.config.id_length) if delta.rotation else None
-        offer = None if rotate_to else self._offer()
+        offer = None if rotate_to or self.config.renew_after_ms is None else self._offer()
         if delta.principal is not None:
             self._enter(self._id, delta.principal)
         try:
@@ -226,7 +227,7 @@ class Visit:
             self.failed = True
             raise
         if isinstance(result, Applied):
-            self.standing = Standing.FORMER if result.former else Standing.LIVE
+            self.standing = FORMER if result.former else LIVE
             if rotate_to:
                 self._id = self.issued = rotate_to
             if rotate_to or result.offered:
@@ -238,18 +239,18 @@ class Visit:
 
     def _refused(self, delta: Delta, refused: Refused) -> Applied | Refused:
         self.standing = refused.standing
-        if refused.standing is not Standing.MISSING:
+        if refused.standing is not MISSING:
             return refused
         if delta.base is not None:
             # It was there when it was read, so it has ended since.
-            self.standing = Standing.GONE
-            return Refused(Standing.GONE)
+            self.standing = GONE
+            return Refused(GONE)
         return self.create(delta) if delta.creates else refused
 
     def create(self, delta: Delta) -> Applied | Refused:
         """Start a session of this request's own."""
         if not delta.creates:
-            return Refused(Standing.MISSING)
+            return Refused(MISSING)
         if self._closed:
             raise RuntimeError("the response has been sent: a session cannot be started any more")
         if delta.permanent is None:
@@ -266,11 +267,11 @@ class Visit:
             raise
         if not isinstance(result, Applied):
             # Nobody else knows the handle, save who found it in its principal's index and ended it there.
-            self.standing = Standing.GONE
-            return Refused(Standing.GONE)
+            self.standing = GONE
+            return Refused(GONE)
         self._id = self.issued = session_id
         self.offered = None
-        self.standing = Standing.LIVE
+        self.standing = LIVE
         self.ended = False
         self._note_commit(session_id, delta, result)
         return result
@@ -278,14 +279,14 @@ class Visit:
     def destroy(self) -> bool:
         """End the session, and tell whether there was one; under a former secret too (G8)."""
         self._open()
-        if self._id is None or self.standing in (Standing.MISSING, Standing.GONE):
+        if self._id is None or self.standing in (MISSING, GONE):
             return False
         destroyed = self._store.destroy(self._id.handle, self._id.digest, self.caller)
         self._leave(self._id)
         self.issued = self.offered = self.made = None
         self.ended = destroyed
         if destroyed:
-            self.standing = Standing.MISSING
+            self.standing = MISSING
         # Else somebody was faster, and what is set afterwards is told so: it may have ended while this
         # request was open, and then starts no other one (G7).
         return destroyed
@@ -337,7 +338,7 @@ class Visit:
 
         A refresh that fails never fails the read.
         """
-        if self._touched or self.standing is not Standing.LIVE or self._id is None:
+        if self._touched or self.standing is not LIVE or self._id is None:
             return
         interval = self.config.touch_ms(snapshot.lifetime_ms or self.caller.lifetime_ms)
         if self.now_ms - snapshot.touched_ms < interval:
@@ -352,7 +353,8 @@ class Visit:
             self.seen = loaded.snapshot
         if loaded.offered:
             self.offered = offer
-        self._note_touch(loaded.touched)
+        if loaded.touched:
+            self._note_touch()
 
     def size_of(self, delta: Delta) -> int:
         """Return how many bytes of names and values a delta comes to as it is stored."""
@@ -373,9 +375,9 @@ class Visit:
         """Count something for ``stats()``."""
         self._store.stats.add(name)
 
-    def _note_touch(self, touched: bool) -> None:
-        self._touched = self._touched or touched
-        self.refreshed = self.refreshed or (touched and self.standing is Standing.LIVE)
+    def _note_touch(self) -> None:
+        self._touched = True
+        self.refreshed = self.refreshed or self.standing is LIVE
 
     def _note_commit(self, session_id: SessionId, delta: Delta, applied: Applied) -> None:
         self._touched = True
@@ -392,8 +394,8 @@ class Visit:
             self._move_entry(session_id, delta.principal)
 
 
-_ENDED = (Standing.GONE, Standing.STALE)
-_ABSENT = (Standing.MISSING, *_ENDED)
+_ENDED = (GONE, STALE)
+_ABSENT = (MISSING, *_ENDED)
 
 
 @lru_cache(maxsize=256)

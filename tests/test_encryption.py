@@ -304,7 +304,7 @@ def test_edit_from_outside_of_a_request(app: TestApp) -> None:
 def test_no_key_is_shown(app: TestApp) -> None:
     """Neither the configuration nor what seals shows a key when it is printed."""
     store = app.flask.session_interface.store  # type: ignore[attr-defined]
-    shown = f"{store!r} {store._config!r} {store._vault!r} {vars(store)}"
+    shown = f"{store!r} {store._config!r} {store.vault!r} {vars(store)}"
     assert KEY not in shown
 
 
