@@ -27,7 +27,11 @@ class Standing(Enum):
 
 
 # Names of their own: in Python 3.11 a look-up in an enumeration costs as much as a call.
-LIVE, FORMER, MISSING, GONE, STALE = Standing
+LIVE = Standing.LIVE
+FORMER = Standing.FORMER
+MISSING = Standing.MISSING
+GONE = Standing.GONE
+STALE = Standing.STALE
 
 
 class Loaded(NamedTuple):
