@@ -437,6 +437,14 @@ def _servers(kind: str, directory: str, count: int, prefix: str, **options: str)
     return made
 
 
+def _followers(server: Server) -> set[int]:
+    """Return the ports of the replicas that a server sends its writes to."""
+    with server.client() as client:
+        about = client.info("replication")
+    replicas = [each for name, each in about.items() if name.startswith("slave") and isinstance(each, dict)]
+    return {int(each["port"]) for each in replicas if each["state"] == "online"}
+
+
 def _is_linked(server: Server) -> bool:
     with server.client() as client:
         return bool(client.info("replication").get("master_link_status") == "up")
@@ -541,11 +549,17 @@ class SentinelTopology:
                 if (state["num-slaves"], state["num-other-sentinels"]) != ("2", "2"):
                     return False
                 ports.add(state["port"])
-            return len(ports) == 1 and all(
-                _is_linked(server) for server in self.servers if server is not self.primary
+            # Each replica directly: one that still follows the old primary follows it through that, is linked
+            # all the same, and is not counted by WAIT.
+            primary = self.primary
+            replicas = [server for server in self.servers if server is not primary]
+            return (
+                len(ports) == 1
+                and all(map(_is_linked, replicas))
+                and _followers(primary) == {server.port for server in replicas}
             )
 
-        if not eventually(settled, 30):
+        if not eventually(settled, 60):
             raise RuntimeError(f"the sentinels do not settle:\n{self.sentinels[0].log()}")
 
     @staticmethod
