@@ -183,6 +183,17 @@ def test_the_least_recently_used_goes_first() -> None:
     assert [handle for handle in "abcd" if held(cache, handle)] == ["a", "c", "d"]
 
 
+def test_a_peek_is_no_use() -> None:
+    """What a commit looks at on its way keeps no entry: of those not read the oldest goes all the same."""
+    cache = SnapshotCache(3 * luasession.cache._size(Entry(sized(100), 0)))
+    for handle in "abc":
+        cache.put(handle, sized(100), 1)
+    assert cache.peek("a") == sized(100)
+    assert cache.peek("never") is None
+    cache.put("d", sized(100), 1)
+    assert [handle for handle in "abcd" if held(cache, handle)] == ["b", "c", "d"]
+
+
 def test_what_outgrows_the_cache_is_not_kept() -> None:
     """A snapshot larger than the whole cache is not held, nor the older one in its place, nor do others go."""
     cache = SnapshotCache(EMPTY * 2 + 1000)
