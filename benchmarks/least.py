@@ -130,7 +130,7 @@ class Bare(SessionInterface):
         name, value = pair[0].encode(), json.dumps(pair[1]).encode()
         put = _PUT % (len(name).to_bytes(4), name, len(value).to_bytes(4), value)
         write_id = os.urandom(8)
-        code, answered, _now, packed = self._ask(
+        code, answered, _now, version, *_ = self._ask(
             b"EVALSHA",
             self._sha,
             b"1",
@@ -138,13 +138,11 @@ class Bare(SessionInterface):
             write_id,
             session_id.digest,
             self._numbers,
-            b"",
-            b"",
             put,
         )
         if code != Code.APPLIED or answered != write_id:
             raise RuntimeError("not applied")
-        return int.from_bytes(packed[:4])
+        return int(version)
 
     def _ask(self, *words: bytes) -> Any:
         self._connection.send_packed_command([pack_command(words)])

@@ -11,11 +11,11 @@
 --           the session has none of its own; touch interval in ms; absolute lifetime of a new session in ms
 --           (0: none); grace time for former digests and empty sessions in ms; most bytes of the session,
 --           names and values
--- ARGV[4]   base, packed: version and write id; empty: a blind write
--- ARGV[5]   own commits of this request since the base, 4 bytes of each write id
--- ARGV[6]   fields set, packed: check (0 none, 1 report, 2 strict), ttl in ms (0 none; 2^48 - 1: the end
+-- ARGV[4]   fields set, packed: check (0 none, 1 report, 2 strict), ttl in ms (0 none; 2^48 - 1: the end
 --           that the field has now; 2^47 plus an end: the same, or this end where the field is gone), name,
 --           value
+-- ARGV[5]   base, packed: version and write id; empty: a blind write
+-- ARGV[6]   own commits of this request since the base, 4 bytes of each write id
 -- ARGV[7]   fields deleted, packed: check, name
 -- ARGV[8]   fields that must not have changed either, packed names; '*': all of them
 -- ARGV[9]   new digest, 32 bytes: rotate; empty: keep the secret
@@ -29,9 +29,10 @@
 -- From ARGV[4] on, what is empty up to the end may be left out.
 --
 -- Reply: {code, write id, time in microseconds as 7 bytes, ...}, by code
---   applied   packed: version, the pair replaced (12 zeros: no longer known), flags (1 the TTL was
---             refreshed, 2 the offer was taken), expiry changed (2: not known, an earlier sending was
---             applied), @i, @v; then name and replaced value (false: missing) of each field to report
+--   applied   version, @v that was replaced (of an earlier sending only its pair, the first 12 bytes; 12
+--             zeros: no longer known), @i, @v, flags (1 the TTL was refreshed, 2 the offer was taken, 4 the
+--             expiry changed, 8 an earlier sending was applied, so that none of this is known); then name
+--             and replaced value (false: missing) of each field to report
 --   conflict  @i, @v, then name and current value (false: missing) of each checked field that changed
 --   gone      the session ended, or was cleared, after this request opened or its base was read
 --   missing   there is no such session
@@ -41,32 +42,37 @@
 --   corrupt   what is stored is not of format 1
 
 local session = KEYS[1]
+local pack, parse = struct.pack, struct.unpack
 local write_id = ARGV[1]
 local digest = ARGV[2]
 local age, resend, flags, default_lifetime, touch_interval, absolute, grace, max_bytes =
-  struct.unpack('>I7I7BI6I6I6I6I4', ARGV[3])
-local base = ARGV[4] or ''
-local own = ARGV[5] or ''
-local packed_sets = ARGV[6] or ''
-local packed_deletes = ARGV[7] or ''
-local packed_reads = ARGV[8] or ''
-local new_digest = ARGV[9] or ''
-local new_permanent = ARGV[10] or ''
-local new_lifetime = ARGV[11] or ''
-local new_principal = ARGV[12] or ''
-local new_label = ARGV[13] or ''
-local offer = ARGV[14] or ''
+  parse('>I7I7BI6I6I6I6I4', ARGV[3])
+local packed_sets = ARGV[4] or ''
+local base = ARGV[5] or ''
+local own = ARGV[6] or ''
+-- All else changes rarely.
+local packed_deletes, packed_reads, new_digest, offer = '', '', '', ''
+local new_permanent, new_lifetime, new_principal, new_label = '', '', '', ''
+if ARGV[7] then
+  packed_deletes = ARGV[7]
+  packed_reads = ARGV[8] or ''
+  new_digest = ARGV[9] or ''
+  new_permanent = ARGV[10] or ''
+  new_lifetime = ARGV[11] or ''
+  new_principal = ARGV[12] or ''
+  new_label = ARGV[13] or ''
+  offer = ARGV[14] or ''
+end
 
 local create, clear, in_flight = flags % 2 == 1, flags % 4 >= 2, flags % 8 >= 4
 local by_default, waited_for = flags % 16 >= 8, flags >= 16
 local base_version, base_id
-if base ~= '' then base_version, base_id = struct.unpack('>I4c8', base) end
+if base ~= '' then base_version, base_id = parse('>I4c8', base) end
 
 local FORMAT = 1
 local IDENTITY, IDENTITY_BYTES = '>Bc32I6I6', 45 -- format, digest, created ms, absolute deadline ms
 local STATE, STATE_BYTES = '>I4c8I7I6I6I4BBI4', 41 -- version, write id, committed us, touched ms, ends ms,
                                                  -- bytes, permanent, any rare metadata, fields
-local APPLIED = '>I4c12BB'
 local FORMER, FORMER_BYTES = '>c32I7I6B', 46     -- digest, moment us, grace end ms, what it may
 local NOTHING, COMMIT, ALL = 0, 1, 2             -- under a former digest: nothing goes any more, who was open
                                                  -- before may commit, all goes until the grace ends
@@ -89,7 +95,7 @@ local now = (now_us - now_us % 1000) / 1000
 local opened = now_us - age
 
 local function answer(code, ...)
-  return {code, write_id, struct.pack('>I7', now_us), ...}
+  return {code, write_id, pack('>I7', now_us), ...}
 end
 
 -- What is used rarely is read only if the state says that there is any of it.
@@ -105,7 +111,7 @@ if identity then
     return answer('corrupt')
   end
   local rare
-  version, last_id, committed, touched, ends, bytes, permanent, rare, fields = struct.unpack(STATE, state)
+  version, last_id, committed, touched, ends, bytes, permanent, rare, fields = parse(STATE, state)
   if rare == 1 then
     local more = redis.call('HMGET', session, '@f', '@c', '@e', '@p', '@l', '@x', '@n')
     formers, cleared, own_lifetime = more[1] or '', more[2], more[3]
@@ -123,16 +129,16 @@ end
 local found = ring:find(write_id, 16, true)
 if found then
   local behind = math.floor((#ring - found + 1) / 8) - 1
-  local before = found > 23 and struct.pack('>I4c8', version - behind - 1, ring:sub(found - 8, found - 1))
+  local before = found > 23 and pack('>I4c8', version - behind - 1, ring:sub(found - 8, found - 1))
     or ('\0'):rep(12)
   -- WAIT counts replicas that have the last write of its own connection, so there has to be one.
   if waited_for then redis.call('HSET', session, '@v', state) end
-  return answer('applied', struct.pack(APPLIED, version - behind, before, 0, 2) .. identity .. state)
+  return answer('applied', version - behind, before, identity, state, 8)
 end
 -- Not in the ring, but it may have been there: from before the floor nobody can tell any more. When it was
 -- first sent is known here to a call's transit only, so in doubt it is unknown, never applied again.
 if resend > 0 and identity then
-  local floor_us = struct.unpack('>I7', ring)
+  local floor_us = parse('>I7', ring)
   if floor_us > 0 and now_us - resend <= floor_us + TRANSIT then return answer('unknown') end
 end
 
@@ -140,7 +146,7 @@ end
 if not identity then
   local ended = redis.call('HGET', session, '@t')
   if ended then
-    return answer((#ended == 7 and opened < struct.unpack('>I7', ended)) and 'gone' or 'missing')
+    return answer((#ended == 7 and opened < parse('>I7', ended)) and 'gone' or 'missing')
   end
 end
 if create == (identity and true or false) then
@@ -154,7 +160,7 @@ local promoted = pending and digest == pending:sub(1, 32)
 if digest ~= '' and not is_current and not promoted then
   local code, before, oldest = 'missing', 0, 0
   for at = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
-    local former, moment, grace_end, may = struct.unpack(FORMER, formers, at)
+    local former, moment, grace_end, may = parse(FORMER, formers, at)
     if former == digest and now < grace_end then
       code, before = 'stale', opened < moment and 1 or 0
       -- A request that itself rotates gets a session of its own instead (G8).
@@ -177,7 +183,7 @@ end
 local base_known, base_lost, everything, changed = true, false, false, nil
 if base_version and not create and (base_version ~= version or base_id ~= last_id) then
   local prefix = base_id:sub(1, 4)
-  local number, floor_id = struct.unpack('>I4c4', journal)
+  local number, floor_id = parse('>I4c4', journal)
   changed = {}
   base_known = base_version == number and prefix == floor_id
   base_lost = base_version >= number
@@ -185,7 +191,7 @@ if base_version and not create and (base_version ~= version or base_id ~= last_i
   local at = base_version < number and #journal + 1 or 9
   while at <= #journal do
     local id, count
-    id, count, at = struct.unpack('>c4B', journal, at)
+    id, count, at = parse('>c4B', journal, at)
     number = number + 1
     local foreign = number > base_version and not own:find(id, 1, true)
     if count == EVERYTHING then
@@ -193,7 +199,7 @@ if base_version and not create and (base_version ~= version or base_id ~= last_i
     else
       for _ = 1, count do
         local name
-        name, at = struct.unpack('>Bc0', journal, at)
+        name, at = parse('>Bc0', journal, at)
         if foreign then changed[name] = true end
       end
     end
@@ -204,7 +210,7 @@ end
 
 -- A clear ends what was open or read before it; a delta that itself clears needs nothing of it.
 if cleared and not clear then
-  local clear_version, clear_moment = struct.unpack('>I4I7', cleared)
+  local clear_version, clear_moment = parse('>I4I7', cleared)
   if base_version then
     if base_version < clear_version or base_lost then return answer('gone') end
   elseif opened < clear_moment then
@@ -212,34 +218,33 @@ if cleared and not clear then
   end
 end
 
--- Names and values to set, with room for the metadata; names to delete; the checks and ttls that are not 0.
-local writes, removed, checks, ttls = {'@v', false, '@r', false, '@j', false}, {}, nil, nil
-local SETS = #writes + 1
-local named = {} -- all names that this commit touches
+-- Names and values to set; names to delete; the checks and ttls that are not 0; what it all comes to.
+local writes, removed, checks, ttls = {}, {}, nil, nil
+local last_set = 0
 local after, fields_before = bytes, fields
 if clear then after, fields = 0, 0 end
+local has_old = not clear and not create
+
 local at, check, ttl, name, value = 1
 if clear then deadlines = false end
 local due_at = deadlines and {}
 while deadlines and at <= #deadlines do
   local deadline
-  name, deadline, at = struct.unpack('>I4c0I6', deadlines, at)
+  name, deadline, at = parse('>I4c0I6', deadlines, at)
   due_at[name] = deadline
 end
 at = 1
 while at <= #packed_sets do
-  check, ttl, name, value, at = struct.unpack('>BI6I4c0I4c0', packed_sets, at)
+  check, ttl, name, value, at = parse('>BI6I4c0I4c0', packed_sets, at)
   if check > 0 then
     checks = checks or {}
     checks[name] = check
   end
-  named[#named + 1] = name
+  local length = has_old and redis.call('HSTRLEN', session, name) or 0
   local lapsed = false
   if ttl >= KEPT then
     local due_then = due_at and due_at[name]
-    if not due_then and ttl < KEEP and (create or clear or redis.call('HSTRLEN', session, name) == 0) then
-      due_then = ttl - KEPT
-    end
+    if not due_then and ttl < KEEP and length == 0 then due_then = ttl - KEPT end
     ttl = due_then and due_then - now or 0
     lapsed = due_then and due_then <= now
   end
@@ -250,17 +255,20 @@ while at <= #packed_sets do
       ttls = ttls or {}
       ttls[name] = ttl
     end
-    writes[#writes + 1] = name
-    writes[#writes + 1] = value
+    if last_set == 0 then
+      writes = {name, value} -- mostly the only one, and a table that grows costs more
+    else
+      writes[last_set + 1], writes[last_set + 2] = name, value
+    end
+    last_set = last_set + 2
     after, fields = after + #name + #value, fields + 1
+    if length > 0 then after, fields = after - #name - length, fields - 1 end
   end
 end
-local last_set = #writes
 at = 1
 while at <= #packed_deletes do
-  check, name, at = struct.unpack('>BI4c0', packed_deletes, at)
+  check, name, at = parse('>BI4c0', packed_deletes, at)
   removed[#removed + 1] = name
-  named[#named + 1] = name
   if check > 0 then
     checks = checks or {}
     checks[name] = check
@@ -272,31 +280,31 @@ local kept_deadlines, expired
 if deadlines or ttls then
   kept_deadlines, expired = {}, {}
   local mine = {}
-  for i = 1, #named do mine[named[i]] = true end
+  for i = 1, last_set, 2 do mine[writes[i]] = true end
+  for i = 1, #removed do mine[removed[i]] = true end
   at = 1
   while deadlines and at <= #deadlines do
     local deadline
-    name, deadline, at = struct.unpack('>I4c0I6', deadlines, at)
+    name, deadline, at = parse('>I4c0I6', deadlines, at)
     expired[name] = deadline <= now
     if not mine[name] then
       if deadline > now then
-        kept_deadlines[#kept_deadlines + 1] = struct.pack('>I4c0I6', #name, name, deadline)
+        kept_deadlines[#kept_deadlines + 1] = pack('>I4c0I6', #name, name, deadline)
       else
         removed[#removed + 1] = name
-        named[#named + 1] = name
       end
     end
   end
   for set, milliseconds in pairs(ttls or {}) do
-    kept_deadlines[#kept_deadlines + 1] = struct.pack('>I4c0I6', #set, set, now + milliseconds)
+    kept_deadlines[#kept_deadlines + 1] = pack('>I4c0I6', #set, set, now + milliseconds)
   end
 end
+-- Of these the journal tells; what is set and deleted from here on is metadata.
+local fields_set, fields_changed = last_set / 2, last_set / 2 + #removed
 
-if not clear and not create then
-  for i = 1, #named do
-    local length = redis.call('HSTRLEN', session, named[i])
-    if length > 0 then after, fields = after - length - #named[i], fields - 1 end
-  end
+for i = 1, has_old and #removed or 0 do
+  local length = redis.call('HSTRLEN', session, removed[i])
+  if length > 0 then after, fields = after - length - #removed[i], fields - 1 end
 end
 
 if after > max_bytes and after > bytes then
@@ -319,7 +327,7 @@ if changed and (not base_known or everything or next(changed)) then
     end
   end
   if checks then
-    for i = SETS, last_set, 2 do look(writes[i], checks[writes[i]]) end
+    for i = 1, last_set, 2 do look(writes[i], checks[writes[i]]) end
     for i = 1, #removed do look(removed[i], checks[removed[i]]) end
   end
   if packed_reads == '*' then
@@ -328,7 +336,7 @@ if changed and (not base_known or everything or next(changed)) then
   else
     at = 1
     while at <= #packed_reads do
-      name, at = struct.unpack('>I4c0', packed_reads, at)
+      name, at = parse('>I4c0', packed_reads, at)
       look(name, 2)
     end
   end
@@ -381,13 +389,13 @@ local had_pending = pending
 local rotates = new_digest ~= '' and not create
 if promoted or rotates then
   local function replace_digest(by, may, limit)
-    local kept = {struct.pack(FORMER, current_digest, now_us, now + grace, may)}
+    local kept = {pack(FORMER, current_digest, now_us, now + grace, may)}
     for place = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
-      local former, moment, grace_end, may_still = struct.unpack(FORMER, formers, place)
+      local former, moment, grace_end, may_still = parse(FORMER, formers, place)
       if now < grace_end and #kept < 4 then
         -- What a renewal had left in force ends with a rotation, too.
         if may_still == ALL and limit < ALL then moment, grace_end = now_us, now + grace end
-        kept[#kept + 1] = struct.pack(FORMER, former, moment, grace_end, math.min(may_still, limit))
+        kept[#kept + 1] = pack(FORMER, former, moment, grace_end, math.min(may_still, limit))
       end
     end
     formers, current_digest, pending = table.concat(kept), by, false
@@ -402,12 +410,12 @@ end
 -- takes over when it is first presented. One that nobody presents is replaced after the grace.
 local taken = 0
 if offer ~= '' and is_current and new_digest == '' and not create then
-  local next_digest, renew_after = struct.unpack(PENDING, offer)
-  local _, _, since = struct.unpack(IDENTITY, identity)
-  if formers ~= '' then since = math.floor(select(2, struct.unpack(FORMER, formers)) / 1000) end
-  local offered = pending and select(2, struct.unpack(PENDING, pending)) or 0
+  local next_digest, renew_after = parse(PENDING, offer)
+  local _, _, since = parse(IDENTITY, identity)
+  if formers ~= '' then since = math.floor(select(2, parse(FORMER, formers)) / 1000) end
+  local offered = pending and select(2, parse(PENDING, pending)) or 0
   if now - since >= renew_after and now - offered >= grace then
-    pending, taken = struct.pack(PENDING, next_digest, now), 2
+    pending, taken = pack(PENDING, next_digest, now), 2
   end
 end
 if pending and (clear or taken > 0) then
@@ -418,8 +426,8 @@ elseif had_pending and not pending then
 end
 if create or clear or new_digest ~= '' or promoted then
   local _, created, absolute_end = nil, now, absolute > 0 and now + absolute or 0
-  if not create then _, _, created, absolute_end = struct.unpack(IDENTITY, identity) end
-  identity = struct.pack(IDENTITY, FORMAT, current_digest, created, absolute_end)
+  if not create then _, _, created, absolute_end = parse(IDENTITY, identity) end
+  identity = pack(IDENTITY, FORMAT, current_digest, created, absolute_end)
   writes[#writes + 1] = '@i'
   writes[#writes + 1] = identity
   if formers ~= '' then
@@ -428,7 +436,7 @@ if create or clear or new_digest ~= '' or promoted then
   end
   if clear and not create then
     writes[#writes + 1] = '@c'
-    writes[#writes + 1] = struct.pack('>I4I7', version, now_us)
+    writes[#writes + 1] = pack('>I4I7', version, now_us)
   end
 end
 
@@ -440,9 +448,9 @@ local limit = quiet and QUIET or (lagging or #journal > BUSY) and CROWDED or BUS
 
 -- The ring lets go of what is no longer recent: what was there at the mark, once that is long enough ago, or
 -- there is no more room. When those came the mark bounds, so that it is the floor of what is left.
-if create then ring = struct.pack(RING, 0, now_us, 0) end
+if create then ring = pack(RING, 0, now_us, 0) end
 if #ring + 8 > (quiet and QUIET or RING_BUSY) then
-  local floor, mark, before = struct.unpack(RING, ring)
+  local floor, mark, before = parse(RING, ring)
   local ids, dropped = (#ring - RING_HEAD) / 8, nil
   if quiet then
     dropped = math.max(ids - 3, 0)
@@ -452,44 +460,44 @@ if #ring + 8 > (quiet and QUIET or RING_BUSY) then
     if before > 0 then floor = mark end
   end
   if dropped then
-    ring = struct.pack(RING, floor, committed, ids - dropped) .. ring:sub(RING_HEAD + 1 + 8 * dropped)
+    ring = pack(RING, floor, committed, ids - dropped) .. ring:sub(RING_HEAD + 1 + 8 * dropped)
   end
 end
-writes[4] = ring .. write_id
+ring = ring .. write_id
 
 if create then
-  journal = struct.pack('>I4c4', version, write_id)
+  journal = pack('>I4c4', version, write_id)
 else
   local entry
-  if not clear and #named < EVERYTHING then
-    entry = struct.pack('>c4B', write_id, #named)
-    for i = 1, #named do
-      local size = #named[i]
+  if not clear and fields_changed < EVERYTHING then
+    entry = pack('>c4B', write_id, fields_changed)
+    for i = 1, fields_changed do
+      local changed_name = i <= fields_set and writes[2 * i - 1] or removed[i - fields_set]
+      local size = #changed_name
       if size > 255 or #entry + size > limit / 2 + 20 then
         entry = nil
         break
       end
-      entry = entry .. struct.pack('>Bc0', size, named[i])
+      entry = entry .. pack('>Bc0', size, changed_name)
     end
   end
-  entry = entry or struct.pack('>c4B', write_id, EVERYTHING)
+  entry = entry or pack('>c4B', write_id, EVERYTHING)
   if #journal + #entry > limit then
-    local number, id = struct.unpack('>I4c4', journal)
+    local number, id = parse('>I4c4', journal)
     local most = limit == QUIET and limit or lagging and CROWDED / 2 or BUSY / 2
     local from = 9
     while from <= #journal and 8 + #journal - from + 1 + #entry > most do
       local count
-      id, count, from = struct.unpack('>c4B', journal, from)
+      id, count, from = parse('>c4B', journal, from)
       for _ = 1, count == EVERYTHING and 0 or count do
         from = from + 1 + journal:byte(from)
       end
       number = number + 1
     end
-    journal = struct.pack('>I4c4', number, id) .. journal:sub(from)
+    journal = pack('>I4c4', number, id) .. journal:sub(from)
   end
   journal = journal .. entry
 end
-writes[6] = journal
 
 -- Emptied key by key it lives on for the grace time: a parallel request may be adding a key (G1).
 local lifetime = own_lifetime and tonumber(own_lifetime) or default_lifetime
@@ -498,22 +506,23 @@ local emptied = fields == 0 and not principal and not create
 if emptied then lifetime = math.min(lifetime, grace) end
 local due = expiry_changed or clear or emptied or fields_before == 0 or now - touched >= touch_interval
 if due then
-  local _, _, _, absolute_end = struct.unpack(IDENTITY, identity)
+  local _, _, _, absolute_end = parse(IDENTITY, identity)
   touched, ends = now, now + lifetime
   if absolute_end > 0 and absolute_end < ends then ends = absolute_end end
 end
 local rare = formers ~= '' or cleared or clear or own_lifetime or principal or label or pending
   or kept_deadlines and #kept_deadlines > 0
-local new_state = struct.pack(STATE, version, write_id, now_us, touched, ends, after, permanent,
+local new_state = pack(STATE, version, write_id, now_us, touched, ends, after, permanent,
   rare and 1 or 0, fields)
-writes[2] = new_state
 
 if clear and not create then
   -- The out-of-memory check looks at a script's first write alone: an HSET, not the DEL.
   redis.call('HSET', session, '@v', state)
   redis.call('DEL', session)
 end
-for first = 1, #writes, CHUNK do
+redis.call('HSET', session, '@v', new_state, '@r', ring, '@j', journal,
+  unpack(writes, 1, math.min(#writes, CHUNK)))
+for first = CHUNK + 1, #writes, CHUNK do
   redis.call('HSET', session, unpack(writes, first, math.min(first + CHUNK - 1, #writes)))
 end
 if not clear then
@@ -523,11 +532,10 @@ if not clear then
 end
 if due then redis.call('PEXPIRE', session, ends - now) end
 
-local replaced = create and ('\0'):rep(12) or state:sub(1, 12)
 -- Nobody is told of a refresh while a renewal is under way (it would bring the old id back to the browser),
 -- nor of the short end of an emptied session: a parallel request may add a key, and needs the cookie.
-local told = (due and not pending and not emptied and 1 or 0) + taken
-local outcome = struct.pack(APPLIED, version, replaced, told, expiry_changed and 1 or 0)
-local reply = answer('applied', outcome .. identity .. new_state)
-for _, item in ipairs(report or {}) do reply[#reply + 1] = item end
+local told = (due and not pending and not emptied and 1 or 0) + taken + (expiry_changed and 4 or 0)
+local reply = {'applied', write_id, pack('>I7', now_us),
+  version, state or ('\0'):rep(12), identity, new_state, told}
+for i = 1, report and #report or 0 do reply[#reply + 1] = report[i] end
 return reply

@@ -23,6 +23,7 @@
 --   corrupt    what is stored is not of format 1
 
 local session = KEYS[1]
+local pack, parse = struct.pack, struct.unpack
 local call_id = ARGV[1]
 local digest = ARGV[2]
 local age = tonumber(ARGV[3])
@@ -46,7 +47,7 @@ local now = math.floor(now_us / 1000)
 local opened = now_us - age
 
 local function answer(code, ...)
-  return {code, call_id, struct.pack('>I7', now_us), ...}
+  return {code, call_id, pack('>I7', now_us), ...}
 end
 
 -- What is used rarely is read only if the state says that there is any of it.
@@ -55,15 +56,15 @@ local identity, state, journal, ended = meta[1], meta[2], meta[3] or '', meta[4]
 local formers, own_lifetime, principal, label, deadlines, pending = '', false, false, false, false, false
 
 if ended then
-  return answer((#ended == 7 and opened < struct.unpack('>I7', ended)) and 'gone' or 'missing')
+  return answer((#ended == 7 and opened < parse('>I7', ended)) and 'gone' or 'missing')
 end
 if not identity then return answer('missing') end
 if #identity ~= IDENTITY_BYTES or identity:byte() ~= FORMAT or not state or #state ~= STATE_BYTES
     or #journal < 8 then
   return answer('corrupt')
 end
-local _, current_digest, created, absolute_end = struct.unpack(IDENTITY, identity)
-local version, last_id, committed, touched, _, bytes, permanent, rare, fields = struct.unpack(STATE, state)
+local _, current_digest, created, absolute_end = parse(IDENTITY, identity)
+local version, last_id, committed, touched, _, bytes, permanent, rare, fields = parse(STATE, state)
 if rare == 1 then
   local more = redis.call('HMGET', session, '@f', '@e', '@p', '@l', '@x', '@n')
   formers, own_lifetime, principal, label, deadlines = more[1] or '', more[2], more[3], more[4], more[5]
@@ -79,9 +80,9 @@ local is_former, is_current = 0, digest == current_digest
 if pending and digest == pending:sub(1, 32) then
   -- Offered, and now presented: it takes over. The old one stays in force for the grace, as requests of
   -- the same page may still carry it. A refused write (out of memory, a replica) never fails the read.
-  local kept = struct.pack(FORMER, current_digest, now_us, now + grace, ALL)
+  local kept = pack(FORMER, current_digest, now_us, now + grace, ALL)
     .. formers:sub(1, 3 * FORMER_BYTES)
-  local new_identity = struct.pack(IDENTITY, FORMAT, digest, created, absolute_end)
+  local new_identity = pack(IDENTITY, FORMAT, digest, created, absolute_end)
   if type(redis.pcall('HSET', session, '@i', new_identity, '@f', kept)) == 'number' then
     redis.call('HDEL', session, '@n')
     identity, formers, pending = new_identity, kept, false
@@ -89,7 +90,7 @@ if pending and digest == pending:sub(1, 32) then
 elseif digest ~= '' and not is_current then
   local code, before, oldest = 'missing', 0, 0
   for at = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
-    local former, moment, grace_end, may = struct.unpack(FORMER, formers, at)
+    local former, moment, grace_end, may = parse(FORMER, formers, at)
     if former == digest and now < grace_end then
       code, before = 'stale', opened < moment and 1 or 0
       is_former = (may == ALL or before == 1 and may == COMMIT) and 1 or 0
@@ -112,7 +113,7 @@ if now - touched >= touch_interval then
   end
   local new_ends = now + lifetime
   if absolute_end > 0 and absolute_end < new_ends then new_ends = absolute_end end
-  local new_state = struct.pack(STATE, version, last_id, committed, now, new_ends, bytes, permanent,
+  local new_state = pack(STATE, version, last_id, committed, now, new_ends, bytes, permanent,
     rare, fields)
   local reply = redis.pcall('HSET', session, '@v', new_state)
   if type(reply) == 'number' then
@@ -126,13 +127,13 @@ end
 
 -- A secret that is due is renewed in two phases, since an answer may be lost: see commit.lua.
 if offer ~= '' and is_current then
-  local next_digest, renew_after = struct.unpack(PENDING, offer)
+  local next_digest, renew_after = parse(PENDING, offer)
   local since = created
-  if formers ~= '' then since = math.floor(select(2, struct.unpack(FORMER, formers)) / 1000) end
-  local offered = pending and select(2, struct.unpack(PENDING, pending)) or 0
+  if formers ~= '' then since = math.floor(select(2, parse(FORMER, formers)) / 1000) end
+  local offered = pending and select(2, parse(PENDING, pending)) or 0
   if now - since >= renew_after and now - offered >= grace then
     local marked = state:sub(1, 36) .. '\1' .. state:sub(38)
-    local reply = redis.pcall('HSET', session, '@n', struct.pack(PENDING, next_digest, now), '@v', marked)
+    local reply = redis.pcall('HSET', session, '@n', pack(PENDING, next_digest, now), '@v', marked)
     if type(reply) == 'number' then
       state, flags = marked, 2
     end
@@ -146,22 +147,22 @@ end
 -- What changed since the base, by the journal; nil if the base is not in it, as a pair.
 local names
 if base ~= '' then
-  local base_version, prefix = struct.unpack('>I4c4', base)
-  local number, floor_id = struct.unpack('>I4c4', journal)
+  local base_version, prefix = parse('>I4c4', base)
+  local number, floor_id = parse('>I4c4', journal)
   local known, everything = base_version == number and prefix == floor_id, false
   -- A base from before the floor is not to be found; from the floor on, all entries are walked.
   local at = base_version < number and #journal + 1 or 9
   names = {}
   while at <= #journal do
     local id, count
-    id, count, at = struct.unpack('>c4B', journal, at)
+    id, count, at = parse('>c4B', journal, at)
     number = number + 1
     if count == EVERYTHING then
       everything = everything or number > base_version
     else
       for _ = 1, count do
         local name
-        name, at = struct.unpack('>Bc0', journal, at)
+        name, at = parse('>Bc0', journal, at)
         if number > base_version then names[name] = true end
       end
     end

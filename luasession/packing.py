@@ -12,7 +12,7 @@ _NO_CHECK_NO_TTL = bytes(7)
 
 
 def pack_delta(delta: Delta, new_digest: bytes, offer: bytes = b"") -> list[bytes]:
-    """Return the arguments of commit.lua from the base on.
+    """Return the arguments of commit.lua from the fields set on.
 
     :param new_digest: of the secret that the session has afterwards, empty if it keeps its own.
     :param offer: see :func:`pack_offer`; empty for none.
@@ -22,10 +22,16 @@ def pack_delta(delta: Delta, new_digest: bytes, offer: bytes = b"") -> list[byte
     for name, (value, check, ttl_ms) in delta.sets.items():
         head = check.to_bytes(1) + ttl_ms.to_bytes(6) if check or ttl_ms else _NO_CHECK_NO_TTL
         parts += (head, len(name).to_bytes(4), name, len(value).to_bytes(4), value)
-    arguments = [delta.base or b"", own, b"".join(parts)]
-    if not offer and not new_digest and delta.only_sets:
-        return arguments
-    arguments += [
+    arguments = [b"".join(parts), delta.base or b"", own]
+    if not delta.only_sets or offer or new_digest:
+        arguments += _pack_rest(delta, new_digest, offer)
+    while arguments and not arguments[-1]:  # what changes rarely stands last, and may be left out
+        arguments.pop()
+    return arguments
+
+
+def _pack_rest(delta: Delta, new_digest: bytes, offer: bytes) -> list[bytes]:
+    return [
         _pack_deletes(delta) if delta.deletes else b"",
         b"*" if delta.reads is None else b"".join([_pack_name(name) for name in delta.reads]),
         new_digest,
@@ -35,9 +41,6 @@ def pack_delta(delta: Delta, new_digest: bytes, offer: bytes = b"") -> list[byte
         pack_change(delta.label) if delta.label else b"",
         offer,
     ]
-    while arguments and not arguments[-1]:  # what changes rarely stands last, and may be left out
-        arguments.pop()
-    return arguments
 
 
 def pack_numbers(

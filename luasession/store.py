@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
-from struct import Struct
 from types import MappingProxyType
 from typing import Any
 
@@ -34,8 +33,6 @@ from .vault import SEAL_BYTES, Vault
 #: Bytes up to which a session is read whole, rather than asked for what changed.
 SMALL = 2048
 _NOTHING: Mapping[bytes, bytes | None] = MappingProxyType({})
-# What commit.lua answers to what it applied; the form is that of the script's header.
-_APPLIED = Struct(">I12sBB45s41s")
 # Entries that one log-in looks at, of which it makes one: so there are fewer and fewer stale ones.
 _LOOKED_AT = 2
 
@@ -278,8 +275,8 @@ class Store:
         fresh: bool,
     ) -> Applied:
         cache = self._here.cache
-        packed, *items = rest
-        version, replaced, told, expiry, identity, state = _APPLIED.unpack(packed)
+        version, replaced_state, identity, state, flags, *items = rest
+        replaced = replaced_state[:12]
         former = bool(expected) and not same_digest(identity[1:33], expected)
         snapshot = None
         # If it was found in the ring, others may have come after it: then the state is theirs.
@@ -300,9 +297,9 @@ class Store:
             former,
             identity,
             state,
-            told & 1 == 1,
-            told & 2 == 2,
-            expiry == 1 or (expiry == 2 and _moves_expiry(delta)),
+            flags & 1 != 0,
+            flags & 2 != 0,
+            flags & 4 != 0 or (flags & 8 != 0 and _moves_expiry(delta)),
             now_ms,
             report,
         )

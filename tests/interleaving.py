@@ -586,7 +586,7 @@ class Run:
             request.applied.append(spec.version)
         self._check_stored()
         self.rows[-1] = (request.name, f"{self.rows[-1][1]} as v{spec.version} {_shown(spec.values)}")
-        self._same("the version told is", int.from_bytes(reply[3][:4]), request.applied[-1])
+        self._same("the version told is", reply[3], request.applied[-1])
 
     def _destroy(self, request: Request, _arguments: Sequence[Any], reply: list[Any]) -> None:
         code = reply[0].decode()

@@ -15,7 +15,7 @@ from luasession.packing import pack_change, pack_delta
 
 #: From ARGV[4] on, as the header of commit.lua has them.
 ARGUMENTS = (
-    *("base", "own", "sets", "deletes", "reads"),
+    *("sets", "base", "own", "deletes", "reads"),
     *("new_digest", "permanent", "lifetime", "principal", "label"),
 )
 
@@ -114,12 +114,13 @@ def test_what_is_empty_at_the_end_is_left_out(delta: Delta) -> None:
     assert not packed or packed[-1]
 
 
-def test_the_common_delta_is_three_arguments() -> None:
-    """A base, no own commits, and the fields set, in exactly the bytes of the header."""
+def test_the_common_delta_is_two_arguments() -> None:
+    """The fields set and a base, in exactly the bytes of the header; a blind write has no base either."""
     delta = Delta(base=b"pair-of-base", sets={b"name": Put(b"value", Check.STRICT, 5)})
     head = struct.pack(">B", 2) + (5).to_bytes(6)
     expected = head + struct.pack(">I4s", 4, b"name") + struct.pack(">I5s", 5, b"value")
-    assert pack_delta(delta, b"") == [b"pair-of-base", b"", expected]
+    assert pack_delta(delta, b"") == [expected, b"pair-of-base"]
+    assert pack_delta(delta._replace(base=None), b"") == [expected]
 
 
 def test_nothing_is_no_argument() -> None:
