@@ -4,19 +4,19 @@
 --
 -- ARGV[1]  call id, 8 bytes; the reply echoes it
 -- ARGV[2]  digest of the secret, 32 bytes; empty: whatever is current
--- ARGV[3]  age of the request, microseconds
+-- ARGV[3]  numbers, packed: age of the request in microseconds; idle lifetime in ms, where the session has
+--          none of its own; touch interval in ms; grace time for former digests and empty sessions in ms
 -- ARGV[4]  base, packed: version and write id; empty: nothing is held, send all
--- ARGV[5]  idle lifetime, ms, where the session has none of its own
--- ARGV[6]  touch interval, ms
--- ARGV[7]  grace time for former digests and empty sessions, ms
--- ARGV[8]  offer, packed: digest of another secret, and the age in ms at which the current one is due to
+-- ARGV[5]  offer, packed: digest of another secret, and the age in ms at which the current one is due to
 --          be renewed; empty: no renewal
+--
+-- From ARGV[4] on, what is empty up to the end may be left out.
 --
 -- Reply: {code, call id, time in microseconds as 7 bytes, ...}, by code
 --   unchanged  @i, @v, under a former digest, flags (1 touched, 2 the offer was taken)
 --   changed    @i, @v, under a former digest, flags, @e, @p, @l, @x, then name and value (false:
 --              missing) of each field that changed since the base
---   full       @i, @v, under a former digest, flags, then all names and values of the hash
+--   full       @i, @v, under a former digest, flags, and a list of all names and values of the hash
 --   missing    there is no such session
 --   gone       the session ended after this request opened
 --   stale      1 if the request was open before the rotation that made its digest a former one, else 0
@@ -26,15 +26,12 @@ local session = KEYS[1]
 local pack, parse = struct.pack, struct.unpack
 local call_id = ARGV[1]
 local digest = ARGV[2]
-local age = tonumber(ARGV[3])
-local base = ARGV[4]
-local default_lifetime = tonumber(ARGV[5])
-local touch_interval = tonumber(ARGV[6])
-local grace = tonumber(ARGV[7])
-local offer = ARGV[8]
+local age, default_lifetime, touch_interval, grace = parse('>I7I6I6I6', ARGV[3])
+local base = ARGV[4] or ''
+local offer = ARGV[5] or ''
 
 local FORMAT = 1
-local IDENTITY, IDENTITY_BYTES = '>Bc32I6I6', 45
+local IDENTITY_BYTES = 45 -- format, digest, created ms, absolute deadline ms
 local PENDING, PENDING_BYTES = '>c32I6', 38
 local COMMIT, ALL = 1, 2
 local STATE, STATE_BYTES = '>I4c8I7I6I6I4BBI4', 41
@@ -43,7 +40,7 @@ local EVERYTHING = 255
 
 local clock = redis.call('TIME')
 local now_us = clock[1] * 1000000 + clock[2]
-local now = math.floor(now_us / 1000)
+local now = (now_us - now_us % 1000) / 1000
 local opened = now_us - age
 
 local function answer(code, ...)
@@ -51,19 +48,18 @@ local function answer(code, ...)
 end
 
 -- What is used rarely is read only if the state says that there is any of it.
-local meta = redis.call('HMGET', session, '@i', '@v', '@j', '@t')
-local identity, state, journal, ended = meta[1], meta[2], meta[3] or '', meta[4]
+local meta = redis.call('HMGET', session, '@i', '@v', '@t')
+local identity, state, ended = meta[1], meta[2], meta[3]
 local formers, own_lifetime, principal, label, deadlines, pending = '', false, false, false, false, false
 
 if ended then
   return answer((#ended == 7 and opened < parse('>I7', ended)) and 'gone' or 'missing')
 end
 if not identity then return answer('missing') end
-if #identity ~= IDENTITY_BYTES or identity:byte() ~= FORMAT or not state or #state ~= STATE_BYTES
-    or #journal < 8 then
+if #identity ~= IDENTITY_BYTES or identity:byte() ~= FORMAT or not state or #state ~= STATE_BYTES then
   return answer('corrupt')
 end
-local _, current_digest, created, absolute_end = parse(IDENTITY, identity)
+local current_digest, created_at = identity:sub(2, 33), 34
 local version, last_id, committed, touched, _, bytes, permanent, rare, fields = parse(STATE, state)
 if rare == 1 then
   local more = redis.call('HMGET', session, '@f', '@e', '@p', '@l', '@x', '@n')
@@ -82,7 +78,7 @@ if pending and digest == pending:sub(1, 32) then
   -- the same page may still carry it. A refused write (out of memory, a replica) never fails the read.
   local kept = pack(FORMER, current_digest, now_us, now + grace, ALL)
     .. formers:sub(1, 3 * FORMER_BYTES)
-  local new_identity = pack(IDENTITY, FORMAT, digest, created, absolute_end)
+  local new_identity = identity:sub(1, 1) .. digest .. identity:sub(created_at)
   if type(redis.pcall('HSET', session, '@i', new_identity, '@f', kept)) == 'number' then
     redis.call('HDEL', session, '@n')
     identity, formers, pending = new_identity, kept, false
@@ -112,6 +108,7 @@ if now - touched >= touch_interval then
     if fields == 0 then lifetime = math.min(lifetime, grace) end
   end
   local new_ends = now + lifetime
+  local _, absolute_end = parse('>I6I6', identity, created_at)
   if absolute_end > 0 and absolute_end < new_ends then new_ends = absolute_end end
   local new_state = pack(STATE, version, last_id, committed, now, new_ends, bytes, permanent,
     rare, fields)
@@ -128,7 +125,7 @@ end
 -- A secret that is due is renewed in two phases, since an answer may be lost: see commit.lua.
 if offer ~= '' and is_current then
   local next_digest, renew_after = parse(PENDING, offer)
-  local since = created
+  local since = parse('>I6', identity, created_at)
   if formers ~= '' then since = math.floor(select(2, parse(FORMER, formers)) / 1000) end
   local offered = pending and select(2, parse(PENDING, pending)) or 0
   if now - since >= renew_after and now - offered >= grace then
@@ -147,6 +144,8 @@ end
 -- What changed since the base, by the journal; nil if the base is not in it, as a pair.
 local names
 if base ~= '' then
+  local journal = redis.call('HGET', session, '@j') or ''
+  if #journal < 8 then return answer('corrupt') end
   local base_version, prefix = parse('>I4c4', base)
   local number, floor_id = parse('>I4c4', journal)
   local known, everything = base_version == number and prefix == floor_id, false
@@ -172,9 +171,7 @@ if base ~= '' then
 end
 
 if not names then
-  local reply = answer('full', identity, state, is_former, flags)
-  for _, item in ipairs(redis.call('HGETALL', session)) do reply[#reply + 1] = item end
-  return reply
+  return answer('full', identity, state, is_former, flags, redis.call('HGETALL', session))
 end
 local list = {}
 for name in pairs(names) do list[#list + 1] = name end

@@ -21,6 +21,8 @@ from .stats import Stats
 
 # Nanoseconds after which "there is no such session" is not believed of a server that may have been replaced.
 _SLOW = 50_000_000
+# Nanoseconds within which a reply tells well what its server's clock says.
+_QUICK = 20_000_000
 # Microseconds that the scripts can be told.
 _LONGEST = (1 << 56) - 1
 
@@ -106,7 +108,7 @@ class Calls:
         writes: bool = True,
         meanwhile: Callable[[], None] | None = None,
     ) -> tuple[int, list[Any]]:
-        """Run a script, and return when it was sent, and its reply.
+        """Run a script, and return when it was sent, and its reply, the server's time in it a number.
 
         :param call_id: its first argument, which the reply has to echo (G16).
         :param arguments: makes the others of the age of the request, and of the microseconds since the
@@ -128,7 +130,7 @@ class Calls:
             command, named = (b"EVALSHA", text.sha) if known else (b"EVAL", text.text)
             # Sent again it is marked so, even within a microsecond: not found in the ring, it may have
             # been applied.
-            resend = _microseconds(sent - first) or 1 if sent != first else 0
+            resend = 0 if sent == first else _microseconds(sent - first) or 1
             age = _microseconds(sent - caller.opened)
             return (command, named, b"1", key, call_id, *arguments(age, resend))
 
@@ -137,14 +139,17 @@ class Calls:
 
         wait = self._wait if writes else None
         sent, reply, server = client.call(words, accept, caller.patience, wait, key, meanwhile)
-        if now_ns() - sent > _SLOW and reply[0] == Code.MISSING and client.doubt(server):
+        elapsed = now_ns() - sent
+        if elapsed > _SLOW and reply[0] == Code.MISSING and client.doubt(server):
             # A primary that hung and was replaced meanwhile answers, when it goes on, what was sent to it
             # before it hears of that. It knows no secret and no session that its successor has made, and
             # whoever believed it would begin a new session, and take the browser out of its own. This is one
             # more sending of the same, as an earlier one may have been applied elsewhere (G6).
             since = began
             sent, reply, server = client.call(words, accept, caller.patience, wait, key)
-        _set_clock(server, int.from_bytes(reply[2]), sent)
+            elapsed = now_ns() - sent
+        reply[2] = now_us = int.from_bytes(reply[2])
+        _set_clock(server, now_us, sent, elapsed)
         return sent, reply
 
 
@@ -154,13 +159,13 @@ def _warm_up(server: Connections) -> None:
     for name in ("load", "commit", "destroy", "index"):
         server.ask((b"SCRIPT", b"LOAD", script(name).text), _is_sha)
     sent, (seconds, microseconds) = server.ask((b"TIME",), _is_time)
-    _set_clock(server, int(seconds) * 1_000_000 + int(microseconds), sent)
+    _set_clock(server, int(seconds) * 1_000_000 + int(microseconds), sent, now_ns() - sent)
 
 
-def _set_clock(server: Connections, server_us: int, sent: int) -> None:
+def _set_clock(server: Connections, server_us: int, sent: int, elapsed: int) -> None:
     # From the sending, so the clock is early by a transit at most: nothing outlives its end. A slow
     # reply tells little, so only the first one counts whatever it took.
-    if server.clock_offset is None or now_ns() - sent < 20_000_000:
+    if server.clock_offset is None or elapsed < _QUICK:
         server.clock_offset = server_us - sent // 1000
 
 

@@ -82,6 +82,7 @@ class PrincipalIndex:
         _sent, (_code, _id, now_us, *items) = self._calls.run(
             "index", f"principal:{digest}", new_write_id(), caller, lambda _age, _resend: packed
         )
-        now = int.from_bytes(now_us)
         pairs = zip(items[::2], items[1::2], strict=True)
-        return [Entry(handle.decode(), max(now - int(float(moment)), 0) // 1000) for handle, moment in pairs]
+        return [
+            Entry(handle.decode(), max(now_us - int(float(moment)), 0) // 1000) for handle, moment in pairs
+        ]

@@ -21,6 +21,7 @@ from .values import Given, Values, fingerprint
 
 # A name of its own: looked up in an enumeration it costs as much as the rest of a key.
 _UNCHECKED = Check.NONE
+_NO_READS: frozenset[bytes] = frozenset()
 
 
 class Source(Protocol):
@@ -217,7 +218,7 @@ class Ledger:
         for key in self._deletes:
             if self._may_hold(key):
                 deletes[field_name(key)] = self._check(key)
-        return Delta(self._base, self._own, sets, deletes, cleared=self.cleared)
+        return Delta(self._base, self._own, sets, deletes, _NO_READS, self.cleared)
 
     def guarded(self, delta: Delta) -> Delta:
         """Return a delta that is stored only if what was read still holds, where the policy wants that."""

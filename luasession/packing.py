@@ -49,13 +49,14 @@ def pack_numbers(
     """Return what commit.lua is told of flags, times and bounds, which is the same for most commits."""
     by_default = config.touch_interval_ms is None and uses
     flags = create | cleared << 1 | in_flight << 2 | by_default << 3 | bool(config.wait_replicas) << 4
-    milliseconds = (
-        lifetime_ms,
-        config.touch_ms(lifetime_ms) if uses else NEVER,
-        config.absolute_ms or 0,
-        config.grace_ms,
-    )
-    return b"%c%b%b" % (flags, b"".join(ms.to_bytes(6) for ms in milliseconds), config.max_bytes.to_bytes(4))
+    touch_ms = config.touch_ms(lifetime_ms) if uses else NEVER
+    times = pack_times(lifetime_ms, touch_ms, config.absolute_ms or 0, config.grace_ms)
+    return b"%c%b%b" % (flags, times, config.max_bytes.to_bytes(4))
+
+
+def pack_times(*milliseconds: int) -> bytes:
+    """Return times as the scripts take them, 6 bytes each."""
+    return b"".join([ms.to_bytes(6) for ms in milliseconds])
 
 
 def pack_offer(digest: bytes, renew_after_ms: int) -> bytes:

@@ -8,6 +8,7 @@ one. The layout of the metadata is that of the scripts' headers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ _STATE_BYTES = 41
 # Of the longest lifetime, milliseconds; the scripts have the same bound.
 _LIFETIME_DIGITS = 14
 _NONE: Mapping[bytes, int] = MappingProxyType({})
+# An app has few names of keys, and asks for them all the time.
+_NAMES = 1024
 
 
 #: A version and the write id of the commit that made it, as the metadata has them: 4 and 8 bytes. A
@@ -28,6 +31,7 @@ _NONE: Mapping[bytes, int] = MappingProxyType({})
 Pair = bytes
 
 
+@lru_cache(maxsize=_NAMES)
 def field_name(key: str) -> bytes:
     """Return the hash field of a session key: itself, or with its leading ``@`` doubled."""
     if key.startswith("@"):
@@ -35,6 +39,7 @@ def field_name(key: str) -> bytes:
     return key.encode("utf-8", "surrogatepass")
 
 
+@lru_cache(maxsize=_NAMES)
 def session_key(name: bytes) -> str | None:
     """Return the session key that a hash field holds, None for what is none."""
     if name.startswith(b"@"):

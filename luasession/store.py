@@ -24,7 +24,7 @@ from .errors import CorruptSession, SessionTooLarge, SessionUnavailable
 from .ids import SessionId, new_write_id, same_digest
 from .index import TOLD, PrincipalIndex
 from .outcome import FORMER, GONE, LIVE, MISSING, STALE, Applied, Conflicting, Loaded, Refused, Standing
-from .packing import NEVER, pack_change, pack_delta, pack_numbers, pack_offer
+from .packing import NEVER, pack_change, pack_delta, pack_numbers, pack_offer, pack_times
 from .scripts import APPLIED, Code
 from .snapshot import Snapshot, read_changes, read_hash
 from .stats import Stats
@@ -146,35 +146,30 @@ class Store:
         offer: SessionId | None = None,
     ) -> Loaded:
         here = self._here
-        offered = self._packed_offer(offer) if offer else b""
         lifetime_ms = (base and base.lifetime_ms) or caller.lifetime_ms
+        interval_ms = self._config.touch_ms(lifetime_ms) if caller.uses else NEVER
+        numbers = pack_times(caller.lifetime_ms, interval_ms, self._config.grace_ms)
+        held = base.pair if base else b""
+        rest = (held, self._packed_offer(offer)) if offer else (held,) if held else ()
 
         def arguments(age: int, _resend: int) -> tuple[bytes, ...]:
-            return (
-                digest,
-                b"%d" % age,
-                base.pair if base else b"",
-                b"%d" % caller.lifetime_ms,
-                b"%d" % (self._config.touch_ms(lifetime_ms) if caller.uses else NEVER),
-                b"%d" % self._config.grace_ms,
-                offered,
-            )
+            return (digest, age.to_bytes(7) + numbers, *rest)
 
-        sent, (code, _id, _now, *rest) = self.calls.run(
+        sent, (code, _id, _now, *found) = self.calls.run(
             "load", session_id.handle, new_write_id(), caller, arguments, writes=False
         )
         if code not in _SNAPSHOTS:
             here.stats.add("loads")
             here.cache.drop(session_id.handle)
             return Loaded(_standing(code))
-        identity, state, former, flags, *items = rest
-        here.stats.add("loads", sum(len(item) for item in items if item))
+        identity, state, former, flags, *items = found
+        here.stats.add("loads", sum(len(item) for item in (items[0] if code == Code.FULL else items) if item))
         if code == Code.UNCHANGED and base:
             snapshot = base.at(identity, state)
         elif code == Code.CHANGED and base:
             snapshot = read_changes(base, (identity, state, *items))
         else:
-            snapshot = read_hash(_paired(items))
+            snapshot = read_hash(_paired(items[0]))
         if former:
             return Loaded(FORMER, snapshot, bool(flags & 1))
         if digest and self._config.cache_ttl is not None:
@@ -244,8 +239,7 @@ class Store:
         here.stats.add("commits", sum(map(len, packed)))
         expected = rotate_to.digest if rotate_to else digest
         fresh = create or delta.cleared
-        now_ms = int.from_bytes(now_us) // 1000
-        return self._applied(handle, write_id, delta, draft, rest, now_ms, sent, expected, fresh)
+        return self._applied(handle, write_id, delta, draft, rest, now_us // 1000, sent, expected, fresh)
 
     def _not_applied(self, handle: str, delta: Delta, code: bytes, rest: list[Any]) -> Conflicting | Refused:
         if code == Code.CONFLICT:

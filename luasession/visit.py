@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("luasession")
 
-# Digits of the largest version that a hint may name.
-_HINT_DIGITS = 10
+# A hint: digits, no more than the largest version has.
+_HINT = re.compile(r"\s*([0-9]{1,10})\s*").fullmatch
 
 
 class Visit:
@@ -150,9 +150,8 @@ class Visit:
         if self._id is None:
             self.standing = MISSING
             return
-        hint = found.get("_v", "").strip()
-        if hint.isascii() and hint.isdigit() and len(hint) <= _HINT_DIGITS:
-            self._hint = int(hint)
+        if hint := _HINT(found.get("_v", "")):
+            self._hint = int(hint[1])
         self._others_hint = "_o" in found
 
     def load(self) -> Snapshot | None:

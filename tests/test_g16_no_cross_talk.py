@@ -21,6 +21,7 @@ from luasession.config import Config
 from luasession.connections import Connections
 from luasession.errors import SessionUnavailable
 from luasession.ids import new_session_id
+from luasession.packing import pack_times
 from luasession.scripts import script
 
 from .conftest import Browser, MakeApp, TestApp
@@ -106,7 +107,7 @@ FOREIGN: dict[str, Callable[[TestApp, str, str], tuple[Any, ...]]] = {
     "an odd list": lambda app, mine, other: ("HMGET", app.prefix + other, "@i", "@v", "secret"),
     "a script's reply": lambda app, mine, other: (
         *("EVALSHA", script("load").sha, 1, app.prefix + other, b"call-id!"),
-        *("", 0, "", 3_600_000, 60_000, 60_000),
+        *("", bytes(7) + pack_times(3_600_000, 60_000, 60_000)),
     ),
     "an error": lambda app, mine, other: ("LPUSH", app.prefix + other, "x"),
     "no script": lambda app, mine, other: ("EVALSHA", "0" * 40, 0),
