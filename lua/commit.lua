@@ -28,7 +28,7 @@
 --
 -- From ARGV[4] on, what is empty up to the end may be left out.
 --
--- Reply: {code, write id, time in microseconds as 7 bytes, ...}, by code
+-- Reply: {code, write id, time in microseconds, ...}, by code
 --   applied   version, @v that was replaced (of an earlier sending only its pair, the first 12 bytes; 12
 --             zeros: no longer known), @i, @v, flags (1 the TTL was refreshed, 2 the offer was taken, 4 the
 --             expiry changed, 8 an earlier sending was applied, so that none of this is known); then name
@@ -94,10 +94,6 @@ local now_us = clock[1] * 1000000 + clock[2]
 local now = (now_us - now_us % 1000) / 1000
 local opened = now_us - age
 
-local function answer(code, ...)
-  return {code, write_id, pack('>I7', now_us), ...}
-end
-
 -- What is used rarely is read only if the state says that there is any of it.
 local meta = redis.call('HMGET', session, '@i', '@v', '@r', '@j')
 local identity, state, ring, journal = meta[1], meta[2], meta[3] or '', meta[4] or ''
@@ -108,7 +104,7 @@ local version, last_id, committed, touched, ends, bytes, permanent, fields = 0, 
 if identity then
   if #identity ~= IDENTITY_BYTES or identity:byte() ~= FORMAT or not state or #state ~= STATE_BYTES
       or #ring < RING_HEAD or #journal < 8 then
-    return answer('corrupt')
+    return {'corrupt', write_id, now_us}
   end
   local rare
   version, last_id, committed, touched, ends, bytes, permanent, rare, fields = parse(STATE, state)
@@ -119,7 +115,7 @@ if identity then
     -- With a lifetime below zero the TTL would end what is to be kept.
     if own_lifetime and (not own_lifetime:find('^[1-9]%d*$') or #own_lifetime > 14)
         or pending and #pending ~= PENDING_BYTES then
-      return answer('corrupt')
+      return {'corrupt', write_id, now_us}
     end
   end
 end
@@ -133,24 +129,24 @@ if found then
     or ('\0'):rep(12)
   -- WAIT counts replicas that have the last write of its own connection, so there has to be one.
   if waited_for then redis.call('HSET', session, '@v', state) end
-  return answer('applied', version - behind, before, identity, state, 8)
+  return {'applied', write_id, now_us, version - behind, before, identity, state, 8}
 end
 -- Not in the ring, but it may have been there: from before the floor nobody can tell any more. When it was
 -- first sent is known here to a call's transit only, so in doubt it is unknown, never applied again.
 if resend > 0 and identity then
   local floor_us = parse('>I7', ring)
-  if floor_us > 0 and now_us - resend <= floor_us + TRANSIT then return answer('unknown') end
+  if floor_us > 0 and now_us - resend <= floor_us + TRANSIT then return {'unknown', write_id, now_us} end
 end
 
 -- Dead stays dead (G7): who was open when it ended cannot bring it back.
 if not identity then
   local ended = redis.call('HGET', session, '@t')
   if ended then
-    return answer((#ended == 7 and opened < parse('>I7', ended)) and 'gone' or 'missing')
+    return {(#ended == 7 and opened < parse('>I7', ended)) and 'gone' or 'missing', write_id, now_us}
   end
 end
 if create == (identity and true or false) then
-  return answer('missing')
+  return {'missing', write_id, now_us}
 end
 
 local current_digest = create and digest or identity:sub(2, 33)
@@ -174,8 +170,8 @@ if digest ~= '' and not is_current and not promoted then
   -- Of former digests four are kept, for a while. Who was open before the oldest rotation that is still known
   -- may come with one from before it, and is not told that there is no session: he would begin one (G8).
   if code == 'missing' and opened < oldest then code, before = 'stale', 1 end
-  if code == 'stale' then return answer(code, before) end
-  if code == 'missing' then return answer(code) end
+  if code == 'stale' then return {code, write_id, now_us, before} end
+  if code == 'missing' then return {code, write_id, now_us} end
 end
 
 -- What others changed since the base, by the journal. A base that is not in it as a pair means that
@@ -212,9 +208,9 @@ end
 if cleared and not clear then
   local clear_version, clear_moment = parse('>I4I7', cleared)
   if base_version then
-    if base_version < clear_version or base_lost then return answer('gone') end
+    if base_version < clear_version or base_lost then return {'gone', write_id, now_us} end
   elseif opened < clear_moment then
-    return answer('gone')
+    return {'gone', write_id, now_us}
   end
 end
 
@@ -308,10 +304,10 @@ for i = 1, has_old and #removed or 0 do
 end
 
 if after > max_bytes and after > bytes then
-  return answer('large', after)
+  return {'large', write_id, now_us, after}
 end
 if #new_principal + #new_label > max_bytes then
-  return answer('large', after + #new_principal + #new_label)
+  return {'large', write_id, now_us, after + #new_principal + #new_label}
 end
 
 -- Conflicts: strict ones stop the commit, the others are told with what they replaced.
@@ -341,7 +337,7 @@ if changed and (not base_known or everything or next(changed)) then
     end
   end
   if #conflict > 0 then
-    local reply = answer('conflict', identity, state)
+    local reply = {'conflict', write_id, now_us, identity, state}
     for _, list in ipairs({conflict, report}) do
       for _, item in ipairs(list) do reply[#reply + 1] = item end
     end
@@ -535,7 +531,7 @@ if due then redis.call('PEXPIRE', session, ends - now) end
 -- Nobody is told of a refresh while a renewal is under way (it would bring the old id back to the browser),
 -- nor of the short end of an emptied session: a parallel request may add a key, and needs the cookie.
 local told = (due and not pending and not emptied and 1 or 0) + taken + (expiry_changed and 4 or 0)
-local reply = {'applied', write_id, pack('>I7', now_us),
+local reply = {'applied', write_id, now_us,
   version, state or ('\0'):rep(12), identity, new_state, told}
 for i = 1, report and #report or 0 do reply[#reply + 1] = report[i] end
 return reply

@@ -10,7 +10,7 @@
 -- ARGV[6]  1: leave a tombstone even where there is no session yet
 -- ARGV[7]  1: replicas are waited for
 --
--- Reply: {code, call id, time in microseconds as 7 bytes}, by code
+-- Reply: {code, call id, time in microseconds}, by code
 --   destroyed  the session has ended
 --   missing    there is no such session, or it is another principal's
 
@@ -30,21 +30,17 @@ local clock = redis.call('TIME')
 local now_us = clock[1] * 1000000 + clock[2]
 local now = math.floor(now_us / 1000)
 
-local function answer(code)
-  return {code, call_id, struct.pack('>I7', now_us)}
-end
-
 local meta = redis.call('HMGET', session, '@i', '@f', '@p', '@t', '@n')
 local identity, formers, principal, ended, pending = meta[1], meta[2] or '', meta[3], meta[4], meta[5]
 
 -- Sent again: the first sending may be what ended it, so a log-out whose reply was lost is one.
 if ended then
-  if resend == 0 then return answer('missing') end
+  if resend == 0 then return {'missing', call_id, now_us} end
   -- WAIT counts replicas that have the last write of its own connection, so there has to be one.
   if waited_for then redis.call('HSET', session, '@t', ended) end
-  return answer('destroyed')
+  return {'destroyed', call_id, now_us}
 end
-if not identity and not always then return answer('missing') end
+if not identity and not always then return {'missing', call_id, now_us} end
 
 if digest ~= '' then
   -- Equality of SHA-256 values tells nothing about secrets by its time.
@@ -56,9 +52,9 @@ if digest ~= '' then
     -- A log-out that overlaps a rotation logs out (G8), whenever it was opened.
     honoured = honoured or (former == digest and now < grace_end)
   end
-  if not honoured then return answer('missing') end
+  if not honoured then return {'missing', call_id, now_us} end
 end
-if wanted ~= '' and (not principal or '=' .. principal ~= wanted) then return answer('missing') end
+if wanted ~= '' and (not principal or '=' .. principal ~= wanted) then return {'missing', call_id, now_us} end
 
 -- HSET first: it meets the out-of-memory check before anything is written. Where it is refused, the
 -- data goes all the same, and no tombstone can stay.
@@ -69,4 +65,4 @@ if type(reply) == 'number' then
   redis.call('HSET', session, '@t', tombstone)
   redis.call('PEXPIRE', session, grace)
 end
-return answer('destroyed')
+return {'destroyed', call_id, now_us}

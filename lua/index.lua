@@ -9,7 +9,7 @@
 -- ARGV[5]  most entries to tell, the oldest first; -1: all
 -- ARGV[6]  handles to take out, 22 characters each
 --
--- Reply: {code, call id, time in microseconds as 7 bytes, ...}, by code
+-- Reply: {code, call id, time in microseconds, ...}, by code
 --   entries  handle and moment of its entry, microseconds, of each
 
 local index = KEYS[1]
@@ -42,7 +42,7 @@ for at = 1, #taken_out, HANDLE do
   if moment and now_us - tonumber(moment) >= youth_us then redis.call('ZREM', index, handle) end
 end
 
-local reply = {'entries', call_id, struct.pack('>I7', now_us)}
+local reply = {'entries', call_id, now_us}
 if most ~= 0 then
   for _, item in ipairs(redis.call('ZRANGE', index, 0, most < 0 and -1 or most - 1, 'WITHSCORES')) do
     reply[#reply + 1] = item

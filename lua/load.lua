@@ -12,7 +12,7 @@
 --
 -- From ARGV[4] on, what is empty up to the end may be left out.
 --
--- Reply: {code, call id, time in microseconds as 7 bytes, ...}, by code
+-- Reply: {code, call id, time in microseconds, ...}, by code
 --   unchanged  @i, @v, under a former digest, flags (1 touched, 2 the offer was taken)
 --   changed    @i, @v, under a former digest, flags, @e, @p, @l, @x, then name and value (false:
 --              missing) of each field that changed since the base
@@ -43,21 +43,17 @@ local now_us = clock[1] * 1000000 + clock[2]
 local now = (now_us - now_us % 1000) / 1000
 local opened = now_us - age
 
-local function answer(code, ...)
-  return {code, call_id, pack('>I7', now_us), ...}
-end
-
 -- What is used rarely is read only if the state says that there is any of it.
 local meta = redis.call('HMGET', session, '@i', '@v', '@t')
 local identity, state, ended = meta[1], meta[2], meta[3]
 local formers, own_lifetime, principal, label, deadlines, pending = '', false, false, false, false, false
 
 if ended then
-  return answer((#ended == 7 and opened < parse('>I7', ended)) and 'gone' or 'missing')
+  return {(#ended == 7 and opened < parse('>I7', ended)) and 'gone' or 'missing', call_id, now_us}
 end
-if not identity then return answer('missing') end
+if not identity then return {'missing', call_id, now_us} end
 if #identity ~= IDENTITY_BYTES or identity:byte() ~= FORMAT or not state or #state ~= STATE_BYTES then
-  return answer('corrupt')
+  return {'corrupt', call_id, now_us}
 end
 local current_digest, created_at = identity:sub(2, 33), 34
 local version, last_id, committed, touched, _, bytes, permanent, rare, fields = parse(STATE, state)
@@ -67,7 +63,7 @@ if rare == 1 then
   pending = more[6]
   if own_lifetime and (not own_lifetime:find('^[1-9]%d*$') or #own_lifetime > 14)
       or pending and #pending ~= PENDING_BYTES then
-    return answer('corrupt')
+    return {'corrupt', call_id, now_us}
   end
 end
 
@@ -96,8 +92,8 @@ elseif digest ~= '' and not is_current then
   end
   -- Of former digests four are kept, for a while: it may be one from before them, see commit.lua.
   if code == 'missing' and opened < oldest then code, before = 'stale', 1 end
-  if code == 'missing' then return answer(code) end
-  if is_former == 0 then return answer(code, before) end
+  if code == 'missing' then return {code, call_id, now_us} end
+  if is_former == 0 then return {code, call_id, now_us, before} end
 end
 
 -- The sliding TTL. A refused refresh (out of memory, a replica) never fails the read.
@@ -138,14 +134,14 @@ if offer ~= '' and is_current then
 end
 
 if base == state:sub(1, 12) then
-  return answer('unchanged', identity, state, is_former, flags)
+  return {'unchanged', call_id, now_us, identity, state, is_former, flags}
 end
 
 -- What changed since the base, by the journal; nil if the base is not in it, as a pair.
 local names
 if base ~= '' then
   local journal = redis.call('HGET', session, '@j') or ''
-  if #journal < 8 then return answer('corrupt') end
+  if #journal < 8 then return {'corrupt', call_id, now_us} end
   local base_version, prefix = parse('>I4c4', base)
   local number, floor_id = parse('>I4c4', journal)
   local known, everything = base_version == number and prefix == floor_id, false
@@ -171,12 +167,12 @@ if base ~= '' then
 end
 
 if not names then
-  return answer('full', identity, state, is_former, flags, redis.call('HGETALL', session))
+  return {'full', call_id, now_us, identity, state, is_former, flags, redis.call('HGETALL', session)}
 end
 local list = {}
 for name in pairs(names) do list[#list + 1] = name end
-local reply = answer('changed', identity, state, is_former, flags,
-  own_lifetime, principal, label, deadlines)
+local reply = {'changed', call_id, now_us, identity, state, is_former, flags,
+  own_lifetime, principal, label, deadlines}
 if #list > 0 then
   local values = redis.call('HMGET', session, unpack(list))
   for i, name in ipairs(list) do

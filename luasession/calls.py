@@ -108,7 +108,7 @@ class Calls:
         writes: bool = True,
         meanwhile: Callable[[], None] | None = None,
     ) -> tuple[int, list[Any]]:
-        """Run a script, and return when it was sent, and its reply, the server's time in it a number.
+        """Run a script, and return when it was sent, and its reply.
 
         :param call_id: its first argument, which the reply has to echo (G16).
         :param arguments: makes the others of the age of the request, and of the microseconds since the
@@ -148,8 +148,7 @@ class Calls:
             since = began
             sent, reply, server = client.call(words, accept, caller.patience, wait, key)
             elapsed = now_ns() - sent
-        reply[2] = now_us = int.from_bytes(reply[2])
-        _set_clock(server, now_us, sent, elapsed)
+        _set_clock(server, reply[2], sent, elapsed)
         return sent, reply
 
 

@@ -536,8 +536,8 @@ class Run:
         ours = arguments[1 if name == "HGETALL" else 3] == self._store.calls.key(self._id.handle)
         if name != "HGETALL":
             # The server's clock when it runs what is sent here, less the clock here then.
-            self._offset_us = int.from_bytes(reply[2]) - sent_us
-            self._check_age(request, int.from_bytes(reply[2]))
+            self._offset_us = reply[2] - sent_us
+            self._check_age(request, reply[2])
         if ours:
             getattr(self, f"_{name.lower()}")(request, arguments, reply)
         else:
@@ -581,7 +581,7 @@ class Run:
             return
         before = spec.version
         if spec.apply(request, write_id, delta, rotate_to and rotate_to.digest):
-            self.moments.append(int.from_bytes(reply[2]))
+            self.moments.append(reply[2])
         if spec.version > before:
             request.applied.append(spec.version)
         self._check_stored()
@@ -595,7 +595,7 @@ class Run:
         self._same("destroy.lua answers", code, expected)
         if code == "destroyed":
             request.destroyed = True
-            self.moments.append(int.from_bytes(reply[2]))
+            self.moments.append(reply[2])
         self._check_stored()
 
     def loaded(self, request: Request, snapshot: Any, *, cached: bool) -> None:

@@ -128,7 +128,7 @@ MUTATIONS = (
     Mutation(
         "base before a clear",
         "commit",
-        "if base_version < clear_version or base_lost then return answer('gone') end",
+        "if base_version < clear_version or base_lost then return {'gone', write_id, now_us} end",
         "",
         _valkey("test_g7_dead_stays_dead.py::test_clear_and_new_keys_keeps_exactly_the_new_keys"),
     ),
@@ -151,7 +151,7 @@ MUTATIONS = (
     Mutation(
         "floor of the ring",
         "commit",
-        "if floor_us > 0 and now_us - resend <= floor_us + TRANSIT then return answer('unknown') end",
+        "if floor_us > 0 and now_us - resend <= floor_us + TRANSIT then return {'unknown', write_id, now_us} end",
         "",
         ("test_g6_exactly_once.py::test_past_the_ring_nobody_can_tell[valkey-9.1-blind set]",),
     ),
@@ -272,7 +272,7 @@ MUTATIONS = (
     Mutation(
         "former digest met by a load",
         "load",
-        "if is_former == 0 then return answer(code, before) end",
+        "if is_former == 0 then return {code, call_id, now_us, before} end",
         "",
         ("test_interleavings.py::test_three_requests_and_an_end[set_k-rotate-count]",),
     ),
@@ -293,7 +293,7 @@ MUTATIONS = (
     Mutation(
         "digest of a log-out",
         "destroy",
-        "if not honoured then return answer('missing') end",
+        "if not honoured then return {'missing', call_id, now_us} end",
         "",
         _valkey("test_g11_strict_ids.py::test_a_wrong_secret_ends_nothing"),
     ),
@@ -377,8 +377,8 @@ MUTATIONS = (
     Mutation(
         "log-out sent again",
         "destroy",
-        "if resend == 0 then return answer('missing') end",
-        "if true then return answer('missing') end",
+        "if resend == 0 then return {'missing', call_id, now_us} end",
+        "if true then return {'missing', call_id, now_us} end",
         _valkey("test_g6_exactly_once.py::test_a_log_out_whose_reply_is_lost_is_a_log_out"),
     ),
     Mutation(

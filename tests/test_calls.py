@@ -12,7 +12,7 @@ from luasession.client import Patience
 from luasession.config import Config
 from luasession.stats import Stats
 
-NOW = (7).to_bytes(7)
+NOW = 1_700_000_000_000_000
 CALL = b"call-id!"
 
 
@@ -29,7 +29,7 @@ class Client:
         self.doubted = 0
         self.clock_offset: int | None = None
 
-    def call(self, words: Any, *_about: Any) -> tuple[int, list[bytes], Client]:
+    def call(self, words: Any, *_about: Any) -> tuple[int, list[Any], Client]:
         code, taken = self.answers.pop(0)
         first = self.clock.now + 1_000_000
         for _ in range(self.sendings):
