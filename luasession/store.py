@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +28,7 @@ from .packing import NEVER, pack_change, pack_delta, pack_numbers, pack_offer, p
 from .scripts import APPLIED, Code
 from .snapshot import Snapshot, read_changes, read_hash
 from .stats import Stats
+from .turns import Turns
 from .vault import SEAL_BYTES, Vault
 
 #: Bytes up to which a session is read whole, rather than asked for what changed.
@@ -44,6 +45,7 @@ class _Process:
         self.stats = Stats()
         self.calls = Calls(config, name, self.stats)
         self.cache = SnapshotCache(config.cache_bytes)
+        self.turns = Turns()
 
 
 class Store:
@@ -354,6 +356,10 @@ class Store:
     def now_ms(self, handle: str) -> int:
         """Return the clock of a session's server in milliseconds, as last seen and counted on."""
         return self._here.calls.now_ms(handle)
+
+    def turn(self, handle: str) -> AbstractContextManager[bool]:
+        """Return a turn at a session, among the requests of this process."""
+        return self._here.turns.one(handle)
 
     @property
     def calls(self) -> Calls:

@@ -319,17 +319,20 @@ class Transaction:
         """Commit with what is made of a conflict, until there is none any more."""
         started = now_ns()
         longest = _FIRST_PAUSE
-        for rounds in count(1):
-            delta = resolve(delta, conflicting)
-            self.visit.count("merges")
-            if rounds >= _ROUNDS and now_ns() - started > self.visit.config.redis_deadline * 1e9:
-                raise SessionConflict([key for name in conflicting.current if (key := session_key(name))])
-            time.sleep(random.uniform(0, longest))  # noqa: S311 - jitter, no secret
-            longest = min(longest * 2, _LONGEST_PAUSE)
-            result = self.visit.commit(delta)
-            if not isinstance(result, Conflicting):
-                return delta, result
-            conflicting = result
+        with self.visit.turn() as neighbours:
+            for rounds in count(1):
+                delta = resolve(delta, conflicting)
+                self.visit.count("merges")
+                if rounds >= _ROUNDS and now_ns() - started > self.visit.config.redis_deadline * 1e9:
+                    raise SessionConflict([key for name in conflicting.current if (key := session_key(name))])
+                # The first conflict was with neighbours if there are any, and they are through by now.
+                if rounds > 1 or not neighbours:
+                    time.sleep(random.uniform(0, longest))  # noqa: S311 - jitter, no secret
+                    longest = min(longest * 2, _LONGEST_PAUSE)
+                result = self.visit.commit(delta)
+                if not isinstance(result, Conflicting):
+                    return delta, result
+                conflicting = result
         raise AssertionError("unreachable")
 
     def _commit(self, ours: Delta) -> Refused | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -369,6 +369,10 @@ class Visit:
         """Start no session any more: the response is on its way."""
         self._closed = True
         self.meanwhile = None
+
+    def turn(self) -> AbstractContextManager[bool]:
+        """Return a turn at the session, to go on after a conflict; see :mod:`luasession.turns`."""
+        return self._store.turn(self._id.handle if self._id else "")
 
     def count(self, name: str) -> None:
         """Count something for ``stats()``."""

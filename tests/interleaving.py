@@ -32,6 +32,7 @@ from greenlet import getcurrent, greenlet
 from werkzeug.test import create_environ
 
 import luasession.transaction
+import luasession.turns
 from luasession import SessionGone, SessionUnavailable, merge
 from luasession.client import Patience
 from luasession.delta import Delta, Put
@@ -865,10 +866,14 @@ def every_order(scene: Scene) -> Iterator[Run]:
     :raise Violation: as soon as something is not as specified.
     """
     # Between two rounds of a merge a request waits a little; here others are let in by the schedule.
+    # Nor does it wait for a turn, as other processes' requests do not either.
     unhurried = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _seconds: None)
     order: list[int] = []
     while True:
-        with patch.object(luasession.transaction, "time", unhurried):
+        with (
+            patch.object(luasession.transaction, "time", unhurried),
+            patch.object(luasession.turns, "_LONGEST_WAIT", 0),
+        ):
             run = _play(scene, order)
         yield run
         # The next order: the last choice that had another one takes it, and what follows begins anew.

@@ -1,0 +1,42 @@
+"""Turns: which of one process's requests at a session commits next, once they meet conflicts.
+
+Optimistic locking is at its worst where many requests of one process change the same key: each commit
+makes conflicts of all the others' that are on their way. So whoever has met one waits until its neighbours
+are through, and goes on alone. It is no lock on the session: nobody waits for it who has met no conflict,
+other processes know nothing of it, and whoever has waited long enough goes on without.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Sessions that share a turn wait for each other now and then, which does no harm.
+_TURNS = 256
+# Seconds that a request waits for its turn at most: its neighbours may hang.
+_LONGEST_WAIT = 0.25
+
+
+class Turns:
+    """The turns of one process."""
+
+    def __init__(self) -> None:
+        # Made when first needed, when gevent has put its own kind in the place of threading's.
+        self._locks: dict[int, threading.Lock] = {}
+
+    @contextmanager
+    def one(self, handle: str) -> Iterator[bool]:
+        """Wait for a turn at a session, or long enough, and keep it while the block runs.
+
+        :return: whether there were neighbours to wait for.
+        """
+        number = hash(handle) % _TURNS
+        lock = self._locks.get(number) or self._locks.setdefault(number, threading.Lock())
+        waits = not lock.acquire(blocking=False)
+        taken = not waits or lock.acquire(timeout=_LONGEST_WAIT)
+        try:
+            yield waits
+        finally:
+            if taken:
+                lock.release()
