@@ -110,17 +110,24 @@ class Delta(NamedTuple):
         """Bytes of the names and values that it sets."""
         return sum(len(name) + len(put.value) for name, put in self.sets.items())
 
-    def changes_as(self, other: Delta) -> bool:
-        """Whether it changes the same as another one, whatever each was made from."""
-        mine, its = (
-            (
-                {name: (put.value, put.ttl_ms) for name, put in delta.sets.items()},
-                delta.deletes.keys(),
-                delta[5:],
-            )
-            for delta in (self, other)
+    def without(self, other: Delta) -> Delta:
+        """Return what changes beside what another delta changes in the same way, however that was checked."""
+        attributes: dict[str, Any] = {
+            name: mine if (mine := getattr(self, name)) != getattr(other, name) else None
+            for name in ATTRIBUTES
+        }
+        return self._replace(
+            sets={name: put for name, put in self.sets.items() if not _is_same(put, other.sets.get(name))},
+            deletes={name: check for name, check in self.deletes.items() if name not in other.deletes},
+            cleared=self.cleared and not other.cleared,
+            **attributes,
         )
-        return mine == its
+
+    def without_field(self, name: bytes) -> Delta:
+        """Return the same, save for what becomes of one field."""
+        sets = {other: put for other, put in self.sets.items() if other != name}
+        deletes = {other: check for other, check in self.deletes.items() if other != name}
+        return self._replace(sets=sets, deletes=deletes)
 
     def over(self, base: Snapshot | None, identity: bytes, state: bytes, now_ms: int) -> Snapshot:
         """Return the snapshot that this delta makes of the one it replaced.
@@ -169,6 +176,12 @@ class Delta(NamedTuple):
 
 
 _NOTHING_ELSE: Final = Delta()[3:]
+#: What a delta changes beside fields, where it is not None.
+ATTRIBUTES: Final = ("rotation", "permanent", "lifetime_ms", "principal", "label")
+
+
+def _is_same(put: Put, other: Put | None) -> bool:
+    return other is not None and (put.value, put.ttl_ms) == (other.value, other.ttl_ms)
 
 
 class Draft:

@@ -204,8 +204,8 @@ class LuaSession(SessionMixin):
     def commit(self) -> None:
         """Apply the delta now, and go on.
 
-        If it is refused, nothing of it is stored, now or at the end of the request; :meth:`reload` and
-        do it anew, or let the error be answered.
+        If it is refused, nothing of it is stored, now or at the end of the request; what is changed
+        afterwards is, by itself. :meth:`reload` and do it anew, or let the error be answered.
 
         :raise SessionConflict: if a policy says so.
         :raise SessionGone: if the session has ended, or was rotated away.

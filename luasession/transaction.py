@@ -49,7 +49,8 @@ class Transaction:
     _saved = False
     # Whether an exception has told that nothing is stored.
     _told = False
-    # What a commit of the view's own refused; the view has been told by the exception.
+    # What was refused to a commit of the view's own, and what of it the view has not changed again since. The
+    # exception has told that it is not stored.
     _refused: Delta | None = None
 
     def __init__(self, visit: Visit, values: Values, policies: Policies) -> None:
@@ -60,6 +61,7 @@ class Transaction:
         self.changes: dict[str, Any] = {}
 
     def _start(self) -> None:
+        self._refused = None
         self.changes = {}
         self.ledger = self.ledger.afresh()
 
@@ -78,6 +80,8 @@ class Transaction:
         self.visit.used = True
         if self._saved:
             self.may_still_start()
+        if self._refused is not None:
+            self._refused = self._refused.without_field(field_name(key))
         self.ledger.set(key, value, ttl_ms)
 
     def delete(self, key: str) -> None:
@@ -87,6 +91,8 @@ class Transaction:
         """
         self.visit.used = True
         self.ledger.delete(key)
+        if self._refused is not None:
+            self._refused = self._refused.without_field(field_name(key))
 
     def change(self, name: str, value: Any) -> None:
         """Change what is known of the session beside its keys.
@@ -94,6 +100,9 @@ class Transaction:
         :param name: as the delta has it.
         """
         self.visit.used = True
+        if self._refused is not None:
+            anew: dict[str, Any] = {name: None}
+            self._refused = self._refused._replace(**anew)
         self.changes[name] = value
 
     def clear(self) -> None:
@@ -104,6 +113,7 @@ class Transaction:
             self._start()
             self.ledger.start_from(None)
             return
+        self._refused = None
         self.ledger.clear()
         self.changes |= self._cleared()
 
@@ -128,6 +138,7 @@ class Transaction:
 
     def commit(self) -> None:
         """Apply what has changed now; see :meth:`luasession.LuaSession.commit`."""
+        self._refused = None
         self._finish(self._apply())
 
     def reload(self) -> None:
@@ -260,10 +271,12 @@ class Transaction:
                 raise SessionTooLarge(size, self.visit.config.max_bytes)
             self._end()
         delta = self._delta()
+        if self._refused is not None:
+            delta = delta.without(self._refused)
         if delta.cleared and not delta.creates:
             self._end()
             return None
-        if not delta or (self._refused is not None and delta.changes_as(self._refused)):
+        if not delta:
             return None
         try:
             return self._commit(delta)

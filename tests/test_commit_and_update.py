@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from flask import session
+from flask import flash, get_flashed_messages, session
 
 from luasession import (
     SessionConflict,
+    SessionTooLarge,
     SessionUnavailable,
     merge,
     session_conflict,
@@ -113,7 +115,7 @@ def test_what_is_set_after_a_caught_failure_is_told(
 @pytest.mark.parametrize("caught", [False, True])
 @pytest.mark.parametrize("later", [False, True])
 def test_a_refused_commit_is_told_once(make_app: MakeApp, caught: bool, later: bool) -> None:
-    """What ``commit()`` has refused is not sent again at the end, unless the view has added to it."""
+    """What ``commit()`` has refused is not sent again at the end; what the view changes afterwards is."""
     app = make_app(SESSION_CONFLICT="raise")
     told: list[str] = []
     answered: list[int] = []
@@ -132,11 +134,144 @@ def test_a_refused_commit_is_told_once(make_app: MakeApp, caught: bool, later: b
             if not caught:
                 raise
 
-    browser.run(view, status=200 if caught and not later else 409)
-    times = 2 if later else 1
-    assert told == ["n"] * times
-    assert len(answered) == times - caught
+    browser.run(view, status=200 if caught else 409)
+    assert told == ["n"]
+    assert len(answered) == 1 - caught
+    assert browser.run(lambda: dict(session)) == {"start": 0, "n": 10} | ({"more": 1} if later else {})
+
+
+def test_the_same_change_made_anew_after_a_reload_counts(make_app: MakeApp) -> None:
+    """A delta that is what was refused before, to the byte, is another one once the session was read again."""
+    app = make_app(SESSION_CONFLICT="raise")
+    browser, twin = started(app, status="cart")
+
+    def view(commits: bool) -> None:
+        assert session["status"] == "cart"
+        twin.run(lambda: session.update(status="checkout"))
+        session["status"] = "paid"
+        with pytest.raises(SessionConflict):
+            session.commit()
+        session.reload()
+        assert session["status"] == "checkout"
+        session["status"] = "paid"
+        if commits:
+            session.commit()
+
+    for commits in (True, False):
+        browser.run(lambda commits=commits: view(commits))
+        assert browser.run(lambda: session["status"]) == "paid"
+        browser.run(lambda: session.update(status="cart"))
+
+
+@pytest.mark.parametrize("commits", [False, True])
+def test_the_same_change_in_place_made_anew_after_a_reload_counts(make_app: MakeApp, commits: bool) -> None:
+    """The same holds for values that are changed in place, of which nobody is told."""
+    app = make_app(SESSION_CONFLICT="raise")
+    browser, twin = started(app, cart=["a"])
+
+    def view() -> None:
+        session["cart"].append("x")
+        twin.run(lambda: session.update(cart=["a"]))
+        with pytest.raises(SessionConflict):
+            session.commit()
+        session.reload()
+        session["cart"].append("x")
+        if commits:
+            session.commit()
+
+    browser.run(view)
+    assert browser.run(lambda: session["cart"]) == ["a", "x"]
+
+
+def test_a_clear_after_a_refused_clear_ends_the_session(make_app: MakeApp) -> None:
+    """A log-out in place of new data that was too large is a log-out."""
+    app = make_app(SESSION_MAX_BYTES=3000)
+    browser, _ = started(app)
+    handle = handle_of(browser)
+
+    def view() -> None:
+        session.clear()
+        session["b"] = "y" * 4000
+        with pytest.raises(SessionTooLarge):
+            session.commit()
+        session.clear()
+
+    browser.run(view)
+    assert list(app.stored(handle)) == [b"@t"]
+
+
+#: What a view may do once more after a refusal, and what its request is then answered with.
+AGAIN: dict[str, tuple[Callable[[], Any], int]] = {
+    "set": (lambda: session.update(n=2), 409),
+    "delete": (lambda: session.pop("n"), 409),
+    "commit": (lambda: session.commit(), 409),
+    "clear": (lambda: session.clear(), 200),
+    "destroy": (lambda: session.destroy(), 200),
+    "label": (lambda: setattr(session, "label", "refused"), 200),
+    "rotate": (lambda: session.regenerate(), 200),
+}
+
+
+@pytest.mark.parametrize("what", AGAIN)
+def test_what_is_done_again_after_a_refusal(make_app: MakeApp, what: str) -> None:
+    """Whatever the view does once more, equal to what was refused or not, is decided about anew and told."""
+    app = make_app(SESSION_CONFLICT="raise")
+    browser, twin = started(app, n=1)
+    handle, id_before = handle_of(browser), browser.cookies["session"]
+    again, status = AGAIN[what]
+
+    def view() -> None:
+        session["n"] += 1
+        session.label = "refused"
+        session.regenerate()
+        twin.run(lambda: session.update(n=10))
+        with pytest.raises(SessionConflict):
+            session.commit()
+        again()
+
+    browser.run(view, status=status)
+    if what in ("clear", "destroy"):
+        assert "session" not in browser.cookies
+        assert list(app.stored(handle)) == [b"@t"]
+        return
+    assert browser.run(lambda: (dict(session), session.label)) == (
+        {"start": 0, "n": 10},
+        "refused" if what == "label" else None,
+    )
+    assert (browser.cookies["session"] != id_before) is (what == "rotate")
+
+
+def test_a_flash_after_a_refused_commit(make_app: MakeApp) -> None:
+    """The usual way to tell a visitor of a conflict, a flash and a redirect, is not answered 409 itself."""
+    app = make_app(SESSION_CONFLICT="raise")
+    browser, twin = started(app, n=1)
+
+    def view() -> None:
+        session["n"] += 1
+        twin.run(lambda: session.update(n=10))
+        try:
+            session.commit()
+        except SessionConflict:
+            flash("somebody was faster")
+
+    browser.run(view)
+    assert browser.run(get_flashed_messages) == ["somebody was faster"]
     assert browser.run(lambda: dict(session)) == {"start": 0, "n": 10}
+
+
+def test_what_was_too_large_is_not_stored_later(make_app: MakeApp) -> None:
+    """A value that was refused for its size is not stored when there is room for it in the end."""
+    app = make_app(SESSION_MAX_BYTES=3000)
+    browser, _ = started(app, a="x" * 2000)
+
+    def view() -> None:
+        session["b"] = "y" * 2000
+        with pytest.raises(SessionTooLarge):
+            session.commit()
+        session.pop("a")
+
+    browser.run(view)
+    assert browser.run(lambda: dict(session)) == {"start": 0}
 
 
 # -- atomic_update on what this request has changed already --------------------------

@@ -149,20 +149,35 @@ def test_an_end_that_is_known(there: Put | None, then: int | None) -> None:
     assert (b"a" in late.fields) is (there is not None)
 
 
-def test_what_changes_the_same() -> None:
-    """Whatever two deltas were made from, and however checked, they change the same by fields and attributes."""
+def test_without_what_another_changes() -> None:
+    """Whatever two deltas were made from, and however checked, what both change in the same way is left out."""
     one = Delta(sets={b"a": Put(b"1", Check.STRICT)}, deletes={b"b": Check.NONE}, label=Change("x"))
     read_since = one._replace(base=b"p" * 12, own=(b"w" * 8,), reads=None)
-    assert one.changes_as(read_since._replace(sets={b"a": Put(b"1")}, deletes={b"b": Check.STRICT}))
-    for other in (
-        one._replace(sets={b"a": Put(b"2", Check.STRICT)}),
-        one._replace(sets={b"a": Put(b"1", Check.STRICT, 60)}),
-        one._replace(sets={}),
-        one._replace(deletes={}),
-        one._replace(label=Change("y")),
-        one._replace(cleared=True),
+    left = read_since.without(one._replace(sets={b"a": Put(b"1")}, deletes={b"b": Check.STRICT}))
+    assert not left
+    assert left == Delta(base=b"p" * 12, own=(b"w" * 8,), reads=None)
+    for more in (
+        {"sets": {b"a": Put(b"2", Check.STRICT)}},
+        {"sets": {b"a": Put(b"1", Check.STRICT, 60)}},
+        {"sets": {b"c": Put(b"1")}},
+        {"deletes": {b"d": Check.REPORT}},
+        {"label": Change("y")},
+        {"label": Change(None)},
+        {"principal": Change("ada")},
+        {"permanent": False},
+        {"lifetime_ms": 0},
+        {"rotation": Rotation()},
+        {"cleared": True},
     ):
-        assert not one.changes_as(other)
+        assert one._replace(**more).without(one) == Delta(**more)
+
+
+def test_without_a_field() -> None:
+    """What becomes of one field is left out, set or deleted, and nothing else."""
+    one = Delta(sets={b"a": Put(b"1"), b"b": Put(b"2")}, deletes={b"c": Check.NONE, b"d": Check.NONE})
+    assert one.without_field(b"a") == one._replace(sets={b"b": Put(b"2")})
+    assert one.without_field(b"c") == one._replace(deletes={b"d": Check.NONE})
+    assert one.without_field(b"e") == one
 
 
 CHANGING = {

@@ -388,7 +388,18 @@ class Raw:
         numbers = (resend_us + 1).to_bytes(7) + resend_us.to_bytes(7) + flags.to_bytes(1)
         numbers += b"".join(number.to_bytes(6) for number in (3_600_000, 0, 60_000, 60_000))
         arguments: list[Any] = [write_id, self.digest, numbers + (1 << 20).to_bytes(4)]
-        arguments += [about.get("sets", packed), b"", b"", b"", b"", about.get("digest", b""), b"", b"", b"", b""]
+        arguments += [
+            about.get("sets", packed),
+            b"",
+            b"",
+            b"",
+            b"",
+            about.get("digest", b""),
+            b"",
+            b"",
+            b"",
+            b"",
+        ]
         reply = self.client.eval(script("commit").text, 1, self.key, *arguments)
         assert reply[1] == write_id
         return reply

@@ -198,5 +198,7 @@ print(*told)
 
 def test_other_greenlets_go_on() -> None:
     """Under gevent whoever waits for a turn holds up nobody but himself."""
-    done = subprocess.run([sys.executable, "-c", GEVENT], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", GEVENT], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.stdout == "other first second\n", done.stderr
