@@ -30,9 +30,9 @@
 --
 -- Reply: {code, write id, time in microseconds, ...}, by code
 --   applied   version, @v that was replaced (of an earlier sending only its pair, the first 12 bytes; 12
---             zeros: no longer known), @i, @v, flags (1 the TTL was refreshed, 2 the offer was taken, 4 the
---             expiry changed, 8 an earlier sending was applied, so that none of this is known); then name
---             and replaced value (false: missing) of each field to report
+--             zeros: nothing, or no longer known), @i, @v, flags (1 the TTL was refreshed, 2 the offer was
+--             taken, 4 the expiry changed, 8 an earlier sending was applied, so that none of this is
+--             known); then name and replaced value (false: missing) of each field to report
 --   conflict  @i, @v, then name and current value (false: missing) of each checked field that changed
 --   gone      the session ended, or was cleared, after this request opened or its base was read
 --   missing   there is no such session
@@ -122,7 +122,7 @@ end
 
 -- Sent again: a commit that has been applied is answered, never applied a second time. First sendings
 -- are looked up too, since a hung server may run a closed connection's sending after the one that followed.
-local found = ring:find(write_id, 16, true)
+local found = identity and ring:find(write_id, 16, true)
 if found then
   local behind = math.floor((#ring - found + 1) / 8) - 1
   local before = found > 23 and pack('>I4c8', version - behind - 1, ring:sub(found - 8, found - 1))
@@ -532,6 +532,6 @@ if due then redis.call('PEXPIRE', session, ends - now) end
 -- nor of the short end of an emptied session: a parallel request may add a key, and needs the cookie.
 local told = (due and not pending and not emptied and 1 or 0) + taken + (expiry_changed and 4 or 0)
 local reply = {'applied', write_id, now_us,
-  version, state or ('\0'):rep(12), identity, new_state, told}
+  version, create and ('\0'):rep(12) or state, identity, new_state, told}
 for i = 1, report and #report or 0 do reply[#reply + 1] = report[i] end
 return reply

@@ -106,6 +106,8 @@ if now - touched >= touch_interval then
   local new_ends = now + lifetime
   local _, absolute_end = parse('>I6I6', identity, created_at)
   if absolute_end > 0 and absolute_end < new_ends then new_ends = absolute_end end
+  -- Over this very moment: a TTL below 1 would delete the key, and what is written after that stay for good.
+  if new_ends <= now then return {'missing', call_id, now_us} end
   local new_state = pack(STATE, version, last_id, committed, now, new_ends, bytes, permanent,
     rare, fields)
   local reply = redis.pcall('HSET', session, '@v', new_state)

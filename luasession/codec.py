@@ -12,6 +12,7 @@ from binascii import a2b_base64, b2a_base64
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Context, Decimal, InvalidOperation
+from functools import partial
 from json import JSONDecoder, JSONEncoder
 from json.encoder import encode_basestring
 from types import NoneType
@@ -78,6 +79,13 @@ def _load_hex_keys(content: dict[str, Any]) -> dict[str, Any]:
     return {_load_text(bytes.fromhex(key)): value for key, value in content.items()}
 
 
+def _unfrozen(kind: type) -> Any:
+    """Return the type that a class of freezegun's stands for, or the same type."""
+    if not kind.__module__.startswith("freezegun"):
+        return kind
+    return next(base for base in kind.__mro__ if base.__module__ == "datetime")
+
+
 class _Tag(NamedTuple):
     """One type that the formats lack.
 
@@ -108,9 +116,10 @@ _TAGS = (
     _Tag(" m", Markup, str, str, Markup),
     _Tag(" u", UUID, str, lambda value: value.hex, UUID),
     _Tag(" n", Decimal, str, _DECIMAL.to_sci_string, lambda content: Decimal(content, _DECIMAL)),
-    _Tag(" d", datetime, str, _dump_moment, lambda content: _load_moment(datetime, content)),
-    _Tag(" date", date, str, date.isoformat, date.fromisoformat),
-    _Tag(" time", time, str, _dump_moment, lambda content: _load_moment(time, content)),
+    # Bound here, as freezegun puts classes of its own in the place of names.
+    _Tag(" d", _unfrozen(datetime), str, _dump_moment, partial(_load_moment, _unfrozen(datetime))),
+    _Tag(" date", _unfrozen(date), str, date.isoformat, _unfrozen(date).fromisoformat),
+    _Tag(" time", time, str, _dump_moment, partial(_load_moment, time)),
     _Tag(
         " td",
         timedelta,
@@ -152,6 +161,8 @@ class _Packers(dict[type, Callable[[Any, int], Any]]):
     """How to make a value of some exact type plain: functions of the value and its depth."""
 
     def __missing__(self, kind: type) -> Callable[[Any, int], Any]:
+        if _unfrozen(kind) in self:
+            return self[_unfrozen(kind)]
         raise TypeError(f"cannot store a {_name(kind)}")
 
 
@@ -191,7 +202,7 @@ class _Tagged:
             raise ValueError(_TOO_DEEP) from None
 
     def _tagged(self, value: Any, depth: int) -> dict[str, Any]:
-        tag = _BY_TYPE[type(value)]
+        tag = _BY_TYPE.get(type(value)) or _BY_TYPE[_unfrozen(type(value))]
         content = tag.dump(value)
         return {tag.key: self._packers[type(content)](content, depth)}
 

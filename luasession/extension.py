@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from flask import current_app
 from flask.globals import request_ctx
 
 from . import login
 from .config import read_config
+from .errors import LuaSessionError
 from .interface import LuaSessionInterface
 from .session import LuaSession, transaction_of
 from .sessions import Sessions
@@ -45,7 +48,33 @@ class Session:
         app.session_interface = interface
         if "luasession" not in app.extensions:
             app.teardown_request(_save_late)
+            app.process_response = _answers_errors(app)  # type: ignore[method-assign]
         app.extensions["luasession"] = Sessions(app, interface)
+
+
+def _answers_errors(app: Flask) -> Callable[..., Any]:
+    """Return an app's ``process_response`` that answers what ``after_request`` functions meet in the session.
+
+    Where Redis is down those that read the session, Flask-Login's is one, raise what the view has raised,
+    and Flask makes a 500 of whatever they raise, past the app's own handlers (G14).
+    """
+    # Weakly: Flask promises that an app that nobody holds is freed.
+    reference = weakref.ref(app)
+    theirs = vars(app).get("process_response")
+
+    def process_response(*about: Any) -> Any:
+        app = reference()
+        if app is None:
+            raise RuntimeError("the app of this response is gone")
+        try:
+            return theirs(*about) if theirs else type(app).process_response(app, *about)
+        except LuaSessionError as error:
+            answer = app.make_response(app.handle_user_exception(error))
+            about[-1].close()
+            app.session_interface.save_session(app, request_ctx.session, answer)
+            return answer
+
+    return process_response
 
 
 def _save_late(_error: BaseException | None) -> None:

@@ -6,6 +6,8 @@ import weakref
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from flask.ctx import has_request_context
+from flask.globals import request_ctx
 from flask.sessions import SessionInterface
 
 from .answer import Answer
@@ -72,7 +74,11 @@ class LuaSessionInterface(SessionInterface):
         answer = Answer(self, app, self._config, response)
         try:
             transaction_of(session).save(answer.prepare)
-        except Exception as error:  # noqa: BLE001 - handed on to Flask, which knows what to do with each
+        except Exception as error:
+            if not has_request_context() or request_ctx._session is not session:  # noqa: SLF001 - see below
+                # Not the session of a request that could be answered, but a test's own, by
+                # session_transaction(). (The public name of that attribute marks a session as accessed.)
+                raise
             # Out of here an exception would pass by the app's handlers for its class. One that none of
             # them answers is raised again, and Flask makes a 500 of it.
             answer.replace(app.make_response(app.handle_user_exception(error)))

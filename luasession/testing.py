@@ -81,8 +81,6 @@ def open_session(
             session.principal = principal
         if label is not None:
             session.label = label
-        # Here, and not as the transaction ends: there an error becomes a response, which nobody would see.
-        session.commit()
     return client
 
 

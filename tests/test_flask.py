@@ -10,6 +10,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import pytest
+import redis
 from flask import (
     Flask,
     Response,
@@ -29,8 +30,11 @@ from luasession import (
     LuaSessionError,
     LuaSessionInterface,
     Session,
+    SessionConflict,
     SessionTooLarge,
+    SessionUnavailable,
 )
+from luasession.connections import Connections
 
 from .conftest import MakeApp, TestApp
 from .test_g15_late_writes import streamed
@@ -83,6 +87,32 @@ def test_the_session_is_there_while_the_client_keeps_the_context(app: TestApp) -
         browser.run(lambda: session.update(a=2))
         assert session["a"] == 2
     assert browser.run(lambda: session.version) == 2
+
+
+@pytest.mark.parametrize("what", ["large", "conflict", "down", "type"])
+def test_session_transaction_raises(make_app: MakeApp, what: str) -> None:
+    """A test that could not store what it wanted is told so, as nobody would see the answer."""
+    app = make_app(SESSION_MAX_BYTES=1000, SESSION_CONFLICT="raise", SESSION_REDIS_DEADLINE=0)
+    browser = app.browser()
+    browser.run(lambda: session.update(n=1))
+    expected = {"large": SessionTooLarge, "conflict": SessionConflict, "down": SessionUnavailable}.get(
+        what, TypeError
+    )
+    twin = browser.twin()
+    opening = browser.client.session_transaction()
+    opened = opening.__enter__()
+    opened["n"] = {"large": "x" * 2000, "type": object()}.get(what, opened["n"] + 1)
+    twin.run(lambda: session.update(n=5))
+    with pytest.MonkeyPatch.context() as patched:
+        if what == "down":
+            patched.setattr(Connections, "exchange", down)
+        with pytest.raises(expected):
+            opening.__exit__(None, None, None)
+    assert browser.run(lambda: session["n"]) == 5
+
+
+def down(*_: Any) -> Any:
+    raise redis.ConnectionError("down")
 
 
 def test_nested_request_contexts(app: TestApp) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Timer
 from typing import Any
 
 import pytest
-from flask import session
+import redis
+from flask import Response, session
+from flask_login import LoginManager
 
-from luasession import SessionUnavailable
+from luasession import SessionGone, SessionUnavailable
+from luasession.connections import Connections
 
 from .conftest import MakeApp, TestApp
 from .proxy import Proxy
@@ -63,6 +67,112 @@ def test_out_of_reach_nothing_changes(proxy: Proxy, make_app: MakeApp) -> None:
     assert app.stored(handle) == before
     assert browser.cookies == cookies
     assert browser.run(lambda: dict(session)) == {"a": 1}
+
+
+@pytest.mark.parametrize("mine", [False, True])
+@pytest.mark.parametrize("with_flask_login", [False, True])
+def test_out_of_reach_for_after_request(
+    proxy: Proxy, make_app: MakeApp, with_flask_login: bool, mine: bool
+) -> None:
+    """An ``after_request`` that reads the session, Flask-Login's is one, meets a 503 as the view does, and no 500."""
+    app = make_app(SESSION_REDIS_URL=proxy.url, SESSION_REDIS_DEADLINE=0.02, SESSION_CACHE_TTL=0)
+    app.flask.secret_key = "for Flask-Login"
+    ran = []
+
+    def look(response: Response) -> Response:
+        ran.append(session.get("a"))
+        return response
+
+    if with_flask_login:
+        LoginManager(app.flask)
+    else:
+        app.flask.after_request(look)
+    if mine:
+        app.flask.register_error_handler(503, lambda error: (f"mine: {type(error).__name__}", 503))
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    handle, cookies = browser.run(lambda: session.handle), browser.cookies
+    before = app.stored(handle)
+    proxy.refuse()
+
+    def degrading() -> None:
+        with suppress(SessionUnavailable):
+            session["a"]
+
+    views: list[Callable[[], Any]] = [
+        lambda: dict(session),
+        lambda: session.update(a=2),
+        lambda: session.destroy(),
+        lambda: None,
+        degrading,
+    ]
+    for view in views:
+        browser.run(view, status=503)
+        assert browser.set_cookies == {}
+        assert browser.response is not None
+        if mine:
+            assert browser.response.text == "mine: SessionUnavailable"
+        else:
+            assert browser.response.headers["Retry-After"] == "1"
+    proxy.accept()
+    assert app.stored(handle) == before
+    assert browser.cookies == cookies
+    assert browser.run(lambda: dict(session)) == {"a": 1}
+    assert with_flask_login or ran[-1] == 1
+
+
+def test_what_was_committed_before_is_in_the_answer(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an ``after_request`` fails, the id of a session that the view has started goes out all the same."""
+    app = make_app(SESSION_CACHE_TTL=None, SESSION_REDIS_DEADLINE=0)
+
+    def look(response: Response) -> Response:
+        session["more"] = 1
+        session.reload()
+        return response
+
+    def view() -> None:
+        session["a"] = 1
+        session.commit()
+        monkeypatch.setattr(Connections, "exchange", down)
+
+    def down(*_: Any) -> Any:
+        raise redis.ConnectionError("down")
+
+    app.flask.after_request(look)
+    browser = app.browser()
+    browser.run(view, status=503)
+    monkeypatch.undo()
+    app.flask.after_request_funcs.clear()
+    assert browser.run(lambda: dict(session)) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("error", "handled", "expected"),
+    [
+        (KeyError("a"), False, (500, None)),
+        (SessionGone("gone"), False, (500, None)),
+        (SessionGone("gone"), True, (410, "gone")),
+    ],
+)
+def test_other_errors_of_after_request_go_on(
+    make_app: MakeApp, error: Exception, handled: bool, expected: tuple[int, str | None]
+) -> None:
+    """What is not luasession's goes its way, and what has no status of its own is a 500 unless the app has a handler."""
+    app = make_app()
+    app.flask.config["PROPAGATE_EXCEPTIONS"] = False
+
+    def after(_response: Response) -> Response:
+        raise error
+
+    app.flask.after_request(after)
+    if handled:
+        app.flask.register_error_handler(SessionGone, lambda error: (str(error), 410))
+    response = app.browser().get("/untouched")
+    status, text = expected
+    assert response.status_code == status
+    assert text is None or response.text == text
 
 
 def test_back_within_the_deadline(own_server: Server) -> None:

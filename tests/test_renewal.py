@@ -490,3 +490,23 @@ def test_parallel_requests_over_a_renewal_lose_nothing(make_valkey_app: MakeApp)
 
     old.run(outer)
     assert browser.run(lambda: dict(session)) == {"user": "ann", "a": 1, "b": 2, "c": 3}
+
+
+def test_nothing_is_left_of_a_session_at_its_absolute_end(make_app: MakeApp) -> None:
+    """A load at the very end, touch and renewal due, finds no session, and writes no field that nothing would end."""
+    app = make_app(
+        SESSION_RENEW_AFTER=HOUR,
+        SESSION_CACHE_TTL=0,
+        SESSION_ABSOLUTE_LIFETIME=3 * HOUR,
+        SESSION_TOUCH_INTERVAL=0,
+        PERMANENT_SESSION_LIFETIME=30 * HOUR,
+    )
+    browser, handle = begin(app)
+    stored = app.stored(handle)
+    ended = stored[b"@i"][:39] + (int(time.time() * 1000) - 1).to_bytes(6)
+    assert app.server is not None
+    with app.server.client() as client:
+        client.hset(app.prefix + handle, "@i", ended)
+        assert browser.run(lambda: dict(session)) == {}
+        assert client.hgetall(app.prefix + handle) in ({}, stored | {b"@i": ended})
+        assert client.ttl(app.prefix + handle) != -1

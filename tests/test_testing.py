@@ -8,7 +8,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
+from datetime import date as day
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,35 @@ def test_requests_while_the_clock_is_moved(app: TestApp, move: Move, date: datet
         assert browser.run(lambda: (session["cart"], session["offer"])) == (["book", "pen"], 5)
         browser.run(lambda: session.destroy())
         assert browser.run(lambda: dict(session)) == {}
+
+
+@pytest.mark.parametrize("serializer", ["json", "msgpack"])
+def test_moments_while_the_clock_is_moved(
+    make_valkey_app: MakeApp, move: Move, date: datetime, serializer: str
+) -> None:
+    """Dates and datetimes of a moved clock are stored, those from before it are read, and each is a plain one."""
+    app = make_valkey_app(SESSION_SERIALIZER=serializer)
+    browser = app.browser()
+    zone = timezone(timedelta(hours=2))
+
+    def moments() -> list[Any]:
+        now = datetime.now(zone).replace(microsecond=5)
+        return [now, now.replace(tzinfo=None), now.date(), {"nested": (now,)}]
+
+    before = moments()
+    browser.run(lambda: session.update(before=before))
+    with move(date):
+        assert browser.run(lambda: session["before"]) == before
+        inside = moments()
+        browser.run(lambda: session.update(inside=inside, one=inside[0], day=inside[2]))
+        browser.run(lambda: session["before"].append(datetime.now(zone)))
+        assert browser.run(lambda: (session["inside"], session["day"])) == (inside, inside[2])
+    found = browser.twin().run(lambda: dict(session))
+    assert found["before"][:4] == before
+    assert len(found["before"]) == 5
+    assert (found["inside"], found["one"], found["day"]) == (inside, inside[0], inside[2])
+    assert [type(value) for value in found["inside"][:3]] == [datetime, datetime, day]
+    assert type(found["one"]) is type(found["before"][4]) is type(found["inside"][3]["nested"][0]) is datetime
 
 
 def test_a_clock_that_moves_in_a_request(app: TestApp, move: Move, date: datetime) -> None:
