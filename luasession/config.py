@@ -125,6 +125,8 @@ def read_config(settings: Mapping[str, Any]) -> Config:
     given = {key: settings[key] for key in _SETTINGS if key in settings}
     fields = {_SETTINGS[key][0]: _SETTINGS[key][1](value, key) for key, value in given.items()}
     config = Config(**fields, cache_ttl_set="SESSION_CACHE_TTL" in given)
+    if "PERMANENT_SESSION_LIFETIME" in settings:  # it is read at each request, and may be another one then
+        milliseconds(settings["PERMANENT_SESSION_LIFETIME"], "PERMANENT_SESSION_LIFETIME")
     if config.cache_ttl_set or config.touch_interval_ms is not None:
         _check_windows(config, settings.get("PERMANENT_SESSION_LIFETIME", timedelta(days=31)))
     if config.renew_after_ms is not None and config.renew_after_ms <= config.grace_ms:

@@ -11,9 +11,10 @@ error may hit, when the app starts.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote, urlencode
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from redis.connection import Connection, SSLConnection, parse_url
 
@@ -82,6 +83,34 @@ def read_location(url: str, key: str) -> Location:
     return Location(addresses, service, options, sentinel_options, form["scheme"] == "rediss")
 
 
+def check_address(url: str, key: str) -> None:
+    """Check the URL of one server, as far as that goes without connecting.
+
+    :param key: the setting, to name it in the error.
+    :raise ConfigurationError: if there is no such database, path or option; no message shows what may be a
+        password.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        if not parts.path.strip("/"):
+            raise ConfigurationError(f"{key} names no socket: expected unix:///path/of/the.sock")
+    elif not re.fullmatch(r"/*[0-9]*/*", parts.path):
+        raise ConfigurationError(f"{key} must end with the number of a database, as in redis://host:6379/0")
+    try:
+        options: dict[str, Any] = parse_url(re.sub("^valkey", "redis", url))  # type: ignore[no-untyped-call]
+        _try(options.pop("connection_class", Connection), options)
+    except Exception:  # noqa: BLE001 - whatever redis-py thinks of it
+        names = ", ".join(sorted({name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}))
+        raise ConfigurationError(
+            f"{key} has an option that is unknown or has a wrong value, one of these: {names or 'none'}"
+        ) from None
+
+
+def _try(kind: Any, options: Mapping[str, Any]) -> None:
+    # Unknown names and odd values come to light when a connection is made, long before it connects.
+    kind(**{name: value for name, value in options.items() if name != "max_connections"})
+
+
 def _wrong(key: str, kind: str, why: str) -> ConfigurationError:
     return ConfigurationError(f"{key} must be {_EXPECTED[kind]}; {why}")
 
@@ -118,9 +147,7 @@ def _options(
         )
         options.pop("connection_class", None)
         options.pop("host")
-        # Unknown names and odd values come to light when a connection is made, long before it connects.
-        trial = {name: value for name, value in options.items() if name != "max_connections"}
-        (SSLConnection if scheme == "rediss" else Connection)(**trial)
+        _try(SSLConnection if scheme == "rediss" else Connection, options)
     except Exception:  # noqa: BLE001 - whatever redis-py thinks of it
         raise _wrong(
             key, kind, f"one of these options is unknown or has a wrong value: {names or 'none'}"

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 from .errors import ConfigurationError
-from .location import is_location, read_location
+from .location import check_address, is_location, read_location
 
 #: What to do about a conflict: ``"overwrite"``, ``"raise"``, ``"serializable"``, or a three-way merge
 #: ``(base, theirs, ours) -> value``, whose missing sides are ``merge.MISSING``.
@@ -97,8 +97,18 @@ def policy(*words: str) -> Reader:
     """Return a reader of one of these words, or a merge function."""
     return must_be(
         f"{', '.join(map(repr, words))} or a function (base, theirs, ours) -> value",
-        lambda value: value in words if isinstance(value, str) else callable(value),
+        lambda value: value in words if isinstance(value, str) else _takes_three(value),
     )
+
+
+def _takes_three(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind(None, None, None)
+    except TypeError:
+        return False
+    except ValueError:  # written in C, it does not say
+        return True
+    return True
 
 
 flag = must_be("True or False", lambda value: isinstance(value, bool))
@@ -174,11 +184,13 @@ def redis_url(value: object, key: str) -> str:
             read_location(value, key)
         elif not _has_a_port(value):
             raise ConfigurationError(f"{key} has a port that is none: it must be a number from 0 to 65535")
+        elif scheme[1] != "embedded":
+            check_address(value, key)
         return value
-    found = repr(scheme[1]) if scheme else "none"
-    raise ConfigurationError(
-        f"{key} must be a URL with one of the schemes {', '.join(_SCHEMES)}; its scheme is {found}"
-    )
+    found = f"its scheme is {scheme[1]!r}" if scheme else "it has no scheme"
+    if not isinstance(value, str):
+        found = f"it is of type {type(value).__name__}"
+    raise ConfigurationError(f"{key} must be a URL with one of the schemes {', '.join(_SCHEMES)}; {found}")
 
 
 def _has_a_port(url: str) -> bool:
@@ -202,6 +214,8 @@ def client(value: Any, key: str) -> Any:
         raise ConfigurationError(f"{found}a value of type {type(value).__name__}")
     if inspect.iscoroutinefunction(execute):
         raise ConfigurationError(f"{found}an asyncio one; asyncio clients are not supported")
+    if hasattr(value, "command_stack"):
+        raise ConfigurationError(f"{found}a pipeline; expected the client that made it")
     if _caches_replies(value):
         raise ConfigurationError(
             f"{found}one with client-side caching: its cached replies would pass for the newest "

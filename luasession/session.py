@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from flask.sessions import SessionMixin
 
@@ -73,6 +74,35 @@ class LuaSession(SessionMixin):
             raise _not_a_key(key)
         ttl_ms = 0 if ttl is None else _milliseconds(ttl, "ttl", at_least=1)
         self._transaction.set(key, value, ttl_ms)
+
+    def popitem(self) -> tuple[str, Any]:
+        """Take one key out and return it with its value, the last one as in a dict.
+
+        :raise KeyError: if there is none.
+        """
+        for key in reversed(list(self)):
+            return key, self.pop(key)
+        raise KeyError("the session is empty")
+
+    def copy(self) -> dict[str, Any]:
+        """Return the keys and their values as a dict, which changes nothing here by itself."""
+        return dict(self)
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return deepcopy(dict(self), memo)
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self, **other} if isinstance(other, Mapping) else NotImplemented
+
+    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**other, **self} if isinstance(other, Mapping) else NotImplemented
+
+    # As a dict's, it takes pairs too.
+    def __ior__(self, other: Any) -> Self:  # type: ignore[misc]
+        self.update(other)
+        return self
 
     def clear(self) -> None:
         """Delete all keys; ends principal, label, lifetime and permanence too.

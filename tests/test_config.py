@@ -15,6 +15,7 @@ import redis
 import redis.asyncio
 from flask import Flask
 
+from luasession import merge
 from luasession.config import _SETTINGS, Config, milliseconds, read_config
 from luasession.errors import ConfigurationError
 
@@ -454,16 +455,16 @@ def test_what_is_no_client_is_refused(client: Any, word: str) -> None:
 @pytest.mark.parametrize(
     ("url", "found"),
     [
-        ("http://:hunter2@host", "'http'"),
-        ("Redis://:hunter2@host", "'Redis'"),
-        ("redis+http://:hunter2@host", "'redis+http'"),
-        (":hunter2@host:6379", "none"),
-        ("user:hunter2://host", "none"),
-        ("redis:/:hunter2@host", "none"),
-        ("", "none"),
-        (b"redis://:hunter2@host", "none"),
-        (None, "none"),
-        (6379, "none"),
+        ("http://:hunter2@host", "its scheme is 'http'"),
+        ("Redis://:hunter2@host", "its scheme is 'Redis'"),
+        ("redis+http://:hunter2@host", "its scheme is 'redis+http'"),
+        (":hunter2@host:6379", "it has no scheme"),
+        ("user:hunter2://host", "it has no scheme"),
+        ("redis:/:hunter2@host", "it has no scheme"),
+        ("", "it has no scheme"),
+        (b"redis://:hunter2@host", "it is of type bytes"),
+        (None, "it is of type NoneType"),
+        (6379, "it is of type int"),
     ],
 )
 def test_a_url_of_another_scheme_is_refused(url: Any, found: str) -> None:
@@ -472,7 +473,7 @@ def test_a_url_of_another_scheme_is_refused(url: Any, found: str) -> None:
         read_config({"SESSION_REDIS_URL": url})
     message = str(caught.value)
     assert message.startswith("SESSION_REDIS_URL must be ")
-    assert message.endswith(f"its scheme is {found}")
+    assert message.endswith(f"; {found}")
     for scheme in (
         "redis,",
         "rediss,",
@@ -484,6 +485,78 @@ def test_a_url_of_another_scheme_is_refused(url: Any, found: str) -> None:
     ):
         assert scheme in message
     assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://:hunter2@host/one", "number of a database"),
+        ("rediss://:hunter2@host/0/1", "number of a database"),
+        ("valkey://:hunter2@host/0?foo=hunter2", "one of these: foo"),
+        ("redis://:hunter2@host/0?socket_timeout=soon&foo=1", "one of these: foo, socket_timeout"),
+        ("redis://:hunter2@host?db=x", "one of these: db"),
+        ("unix:///tmp/hunter2.sock?db=x", "one of these: db"),
+        ("unix://", "names no socket"),
+        ("unix:///", "names no socket"),
+    ],
+)
+def test_a_url_with_a_wrong_part_is_refused(url: str, expected: str) -> None:
+    """What a request would stumble over is said at the start, by the name of the setting, and no secret with it."""
+    with pytest.raises(ConfigurationError) as caught:
+        read_config({"SESSION_REDIS_URL": url})
+    assert str(caught.value).startswith("SESSION_REDIS_URL ")
+    assert expected in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://",
+        "redis://host",
+        "redis://host/",
+        "redis://host:7000/15",
+        "redis://:secret@[::1]:7000/1?socket_timeout=2&max_connections=5&client_name=web",
+        "rediss://user:secret@host/0?ssl_cert_reqs=none",
+        "valkey://host/3",
+        "valkeys://host",
+        "unix:///tmp/of.sock?db=2",
+        "unix://user:secret@/tmp/of.sock",
+        "embedded://",
+        "embedded:///tmp/here?not=read",
+    ],
+)
+def test_a_url_of_a_server_passes(url: str) -> None:
+    """Whatever redis-py takes is taken."""
+    assert read_config({"SESSION_REDIS_URL": url}).redis_url == url
+
+
+@pytest.mark.parametrize("key", ["SESSION_CONFLICT", "SESSION_MERGE"])
+@pytest.mark.parametrize("function", [lambda theirs, ours: ours, lambda: 1, lambda *, a: a])
+def test_a_merge_function_takes_three(key: str, function: Any) -> None:
+    """One that cannot be called with base, theirs and ours is refused at the start, not at the first conflict."""
+    value = {"a": function} if key == "SESSION_MERGE" else function
+    with pytest.raises(ConfigurationError, match=rf"^{key}.*\(base, theirs, ours\)"):
+        read_config({key: value})
+
+
+@pytest.mark.parametrize("function", [lambda *sides: sides, lambda a, b, c, d=1: a, merge.add, max])
+def test_a_function_that_takes_three_passes(function: Any) -> None:
+    """However it is written, and where it does not say what it takes."""
+    assert read_config({"SESSION_MERGE": {"a": function}}).merge["a"] is function
+
+
+@pytest.mark.parametrize("lifetime", ["3600", None, -1, [1]])
+def test_a_lifetime_that_is_no_duration_is_refused_at_the_start(lifetime: Any) -> None:
+    """A request that touches its session would stumble over it."""
+    with pytest.raises(ConfigurationError, match=r"^PERMANENT_SESSION_LIFETIME must be a timedelta"):
+        read_config({"PERMANENT_SESSION_LIFETIME": lifetime})
+
+
+def test_a_pipeline_is_no_client() -> None:
+    """It would gather commands and send none."""
+    with pytest.raises(ConfigurationError, match=r"^SESSION_REDIS .*a pipeline"):
+        read_config({"SESSION_REDIS": redis.Redis().pipeline()})
 
 
 # -- secrets ---------------------------------------------------------------------------------
@@ -683,5 +756,5 @@ def test_nothing_else_of_luasession_is_needed() -> None:
         "from . import readers",
         "from .readers import Policy, milliseconds",
         "from .errors import ConfigurationError",
-        "from .location import is_location, read_location",
+        "from .location import check_address, is_location, read_location",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -141,6 +142,65 @@ def test_no_session_outside_of_a_request(app: TestApp) -> None:
     """Outside of a request the session proxy says what Flask's own says."""
     with pytest.raises(RuntimeError, match="outside of request context"):
         session["a"] = 1
+
+
+# -- what Flask's own session has of a dict -----------------------------------------------------------------
+
+
+def test_copies_are_dicts_of_their_own(app: TestApp) -> None:
+    """copy() and the copy module give dicts; changing them, or what a deep one holds, changes no session."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1, cart=["x"]))
+
+    def view() -> None:
+        for shallow in (session.copy(), copy.copy(session._get_current_object())):
+            assert type(shallow) is dict
+            assert shallow.pop("a") == 1
+            shallow["b"] = 2
+        deep = copy.deepcopy(session._get_current_object())
+        assert deep == {"a": 1, "cart": ["x"]}
+        deep["cart"].append("y")
+
+    browser.run(view)
+    assert browser.run(lambda: (dict(session), session.version)) == ({"a": 1, "cart": ["x"]}, 1)
+
+
+def test_unions(app: TestApp) -> None:
+    """``|`` gives a dict and changes nothing, ``|=`` changes the session, and neither takes anything else."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+
+    def view() -> None:
+        mine = session._get_current_object()
+        assert mine | {"a": 2, "b": 2} == {"a": 2, "b": 2}
+        assert {"a": 2, "b": 2} | mine == {"a": 1, "b": 2}
+        for wrong in (1, [("b", 2)]):
+            with pytest.raises(TypeError):
+                mine | wrong
+        before = mine
+        mine |= {"b": 2}
+        mine |= [("c", 3)]
+        assert mine is before
+
+    browser.run(view)
+    assert browser.run(lambda: (dict(session), session.version)) == ({"a": 1, "b": 2, "c": 3}, 2)
+
+
+def test_popitem(app: TestApp) -> None:
+    """It takes the last key, as a dict does, and raises KeyError where there is none."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1, b=2))
+
+    def view() -> None:
+        keys = list(session)
+        key, value = session.popitem()
+        assert (key, value) == (keys[-1], {"a": 1, "b": 2}[key])
+        session.popitem()
+        with pytest.raises(KeyError, match="empty"):
+            session.popitem()
+
+    browser.run(view)
+    assert browser.run(lambda: dict(session)) == {}
 
 
 # -- cookies ------------------------------------------------------------------------------------------------
