@@ -332,20 +332,23 @@ class Transaction:
         """Commit with what is made of a conflict, until there is none any more."""
         started = now_ns()
         longest = _FIRST_PAUSE
-        with self.visit.turn() as neighbours:
+        with self.visit.turn() as has_waited:
+            # What stood there a pause ago does not where many are at it: sent on top of it, a commit only
+            # learns what stands there now, and goes on at once.
+            is_fresh = not has_waited
             for rounds in count(1):
                 delta = resolve(delta, conflicting)
                 self.visit.count("merges")
                 if rounds >= _ROUNDS and now_ns() - started > self.visit.config.redis_deadline * 1e9:
                     raise SessionConflict([key for name in conflicting.current if (key := session_key(name))])
-                # The first conflict was with neighbours if there are any, and they are through by now.
-                if rounds > 1 or not neighbours:
-                    time.sleep(random.uniform(0, longest))  # noqa: S311 - jitter, no secret
-                    longest = min(longest * 2, _LONGEST_PAUSE)
                 result = self.visit.commit(delta)
                 if not isinstance(result, Conflicting):
                     return delta, result
                 conflicting = result
+                if is_fresh:
+                    time.sleep(random.uniform(0, longest))  # noqa: S311 - jitter, no secret
+                    longest = min(longest * 2, _LONGEST_PAUSE)
+                is_fresh = not is_fresh
         raise AssertionError("unreachable")
 
     def _commit(self, ours: Delta) -> Refused | None:
