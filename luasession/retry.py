@@ -67,6 +67,7 @@ def retry_on_conflict(
                         if tries.committed():
                             return result
                         await asyncio.sleep(tries.pause())
+                        tries.begin_anew()
 
             return cast(Callable[_P, _R], run_async)
 
@@ -78,6 +79,7 @@ def retry_on_conflict(
                     if tries.committed():
                         return result
                     time.sleep(tries.pause())
+                    tries.begin_anew()
 
         return run
 
@@ -122,7 +124,7 @@ class _Attempts:
         transaction_of(self._session).ledger.strict = False
 
     def committed(self) -> bool:
-        """Commit, and tell whether that was it; prepare for another run if not."""
+        """Commit, and tell whether that was it."""
         self._left -= 1
         try:
             self._session.commit()
@@ -133,11 +135,14 @@ class _Attempts:
                 # Without this the end of the request would store it, by the ordinary policy.
                 transaction_of(self._session).abandon()
                 raise
-            self._session.reload()
-            # Flask keeps what get_flashed_messages() took out, which the new snapshot may hold again.
-            request_ctx.flashes = self._flashes
             return False
         return True
+
+    def begin_anew(self) -> None:
+        """Read the session as it is now, after the pause: what it was before is old where many are at it."""
+        self._session.reload()
+        # Flask keeps what get_flashed_messages() took out, which the new snapshot may hold again.
+        request_ctx.flashes = self._flashes
 
     def pause(self) -> float:
         """Return how many seconds to wait before the next run."""

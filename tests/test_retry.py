@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,6 +46,23 @@ def test_a_view_runs_again(make_app: MakeApp, cache_ttl: float | None) -> None:
     browser.run(retry_on_conflict()(view))
     assert view.runs == 3
     assert browser.run(lambda: (session["hits"], session.version)) == (3, 4)
+
+
+def test_what_comes_in_the_pause_is_seen(app: TestApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A view runs again on what is stored after the pause, so what others do in it costs no third run."""
+    browser = app.browser()
+    browser.run(lambda: session.update(hits=0))
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        browser.twin().run(increment)
+
+    monkeypatch.setattr("luasession.retry.time", SimpleNamespace(sleep=pause))
+    view = Interfering(browser, 1)
+    browser.run(retry_on_conflict()(view))
+    assert (view.runs, len(pauses)) == (2, 1)
+    assert browser.run(lambda: session["hits"]) == 3
 
 
 def test_no_conflict_costs_no_second_run(app: TestApp) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from threading import Barrier, Event, Thread
+from types import SimpleNamespace
 
 import pytest
 from flask import session
 
+import luasession.transaction
 import luasession.turns
 from luasession import merge
 from luasession.turns import Turns
@@ -159,6 +161,44 @@ def test_updates_of_one_process_hinder_each_other_once(make_valkey_app: MakeApp)
             each.result()
     assert browser.run(lambda: session["n"]) == REQUESTS
     assert len(calls) <= 3 * REQUESTS
+
+
+def test_what_has_just_been_told_is_built_on_at_once(
+    make_valkey_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge pauses only when it has lost a race, and not again before it has built on what it learns after that."""
+    story: list[str] = []
+
+    def add(base: int, theirs: int, ours: int) -> int:
+        story.append("merges")
+        if interferes.pop(0):
+            browser.twin().run(count_up)
+        return merge.add(base, theirs, ours)
+
+    def count_up() -> None:
+        session.atomic_update("n", lambda n: n + 1)
+
+    def pause(_seconds: float) -> None:
+        story.append("pauses")
+        browser.twin().run(count_up)
+
+    app = make_valkey_app(SESSION_MERGE={"n": add})
+    browser = app.browser()
+    browser.run(lambda: session.update(n=0))
+    monkeypatch.setattr(luasession.transaction, "time", SimpleNamespace(sleep=pause))
+
+    def view() -> None:
+        session["n"] += 1
+        browser.twin().run(count_up)
+
+    interferes = [False]
+    browser.run(view)
+    assert story == ["merges"]
+    story.clear()
+    interferes = [True, False, False]
+    browser.run(view)
+    assert story == ["merges", "pauses", "merges", "merges"]
+    assert browser.run(lambda: session["n"]) == 2 + 1 + 1 + 1 + 1
 
 
 GEVENT = """
