@@ -11,9 +11,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 # Sessions that share a turn wait for each other now and then, which does no harm.
-_TURNS = 256
+_TURNS = 64
 # Seconds that a request waits for its turn at most: its neighbours may hang.
 _LONGEST_WAIT = 0.25
 
@@ -21,9 +22,11 @@ _LONGEST_WAIT = 0.25
 class Turns:
     """The turns of one process."""
 
-    def __init__(self) -> None:
-        # Made when first needed, when gevent has put its own kind in the place of threading's.
-        self._locks: dict[int, threading.Lock] = {}
+    @cached_property
+    def _locks(self) -> list[threading.Lock]:
+        # Made when first needed, when gevent has put its own kind in the place of threading's. Two threads
+        # that make them at the same moment each have a turn then, which does no harm.
+        return [threading.Lock() for _ in range(_TURNS)]
 
     @contextmanager
     def one(self, handle: str) -> Iterator[bool]:
@@ -31,8 +34,7 @@ class Turns:
 
         :return: whether there were neighbours to wait for.
         """
-        number = hash(handle) % _TURNS
-        lock = self._locks.get(number) or self._locks.setdefault(number, threading.Lock())
+        lock = self._locks[hash(handle) % _TURNS]
         waits = not lock.acquire(blocking=False)
         taken = not waits or lock.acquire(timeout=_LONGEST_WAIT)
         try:
