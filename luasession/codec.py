@@ -83,7 +83,7 @@ def _unfrozen(kind: type) -> Any:
     """Return the type that a class of freezegun's stands for, or the same type."""
     if not kind.__module__.startswith("freezegun"):
         return kind
-    return next(base for base in kind.__mro__ if base.__module__ == "datetime")
+    return next((base for base in kind.__mro__ if base.__module__ == "datetime"), kind)
 
 
 class _Tag(NamedTuple):

@@ -138,7 +138,7 @@ class Ledger:
             raise KeyError(key) from error
         self._live[key] = value
         if not is_immutable(value):
-            self._given[key] = Given(raw, fingerprint(value))
+            self._given[key] = Given(raw, fingerprint(value), self._end_of(name))
             self._handed_out[key] = value
         return value
 
@@ -211,9 +211,8 @@ class Ledger:
             changed = self._changed_in_place(key, given)
             if changed is not None:
                 # Changed in place, a key keeps the end that it was given.
-                name = field_name(key)
-                end = self._snapshot.deadlines.get(name) if self._snapshot else None
-                sets[name] = Put(changed, self._check(key), KEPT + end if end else KEEP)
+                kept = KEPT + given.end if given.end else KEEP
+                sets[field_name(key)] = Put(changed, self._check(key), kept)
         deletes: dict[bytes, Check] = {}
         for key in self._deletes:
             if self._may_hold(key):
@@ -310,6 +309,9 @@ class Ledger:
             return False
         return self._values.same(raw, stored)
 
+    def _end_of(self, name: bytes) -> int | None:
+        return self._snapshot.deadlines.get(name) if self._snapshot else None
+
     def _may_hold(self, key: str) -> bool:
         # What is known to be missing need not be deleted.
         if not self._loaded:
@@ -351,7 +353,7 @@ class Ledger:
         """
         self._advance(sent, applied, created=created)
         for name in sent.deletes:
-            self._forget_stored(session_key(name) or "")
+            self.forget_stored(session_key(name) or "")
         live, given = self._live, self._given
         for name, put in sent.sets.items():
             key = session_key(name) or ""
@@ -361,7 +363,7 @@ class Ledger:
             self._sets.pop(key, None)
             if key in live and not is_immutable(live[key]):
                 # No fingerprint: while the commit was on its way another thread may have changed the value.
-                given[key] = Given(put.value, None)
+                given[key] = Given(put.value, None, self._end_of(name))
         if sent.cleared:
             self.cleared = False
 
@@ -389,14 +391,14 @@ class Ledger:
         # out of the session: what the app has put in is the app's, and all requests may share it.
         live: Any = self._live.get(key)
         merged = self._values.decode(raw)
-        self._forget_stored(key)
+        self.forget_stored(key)
         ours = key in self._handed_out and live is self._handed_out[key]
         if ours and type(live) is type(merged) and isinstance(live, (list, dict, set)):
             live.clear()
             (live.extend if isinstance(live, list) else live.update)(merged)
-            self._live[key], self._given[key] = live, Given(raw, None)
+            self._live[key], self._given[key] = live, Given(raw, None, self._end_of(field_name(key)))
 
-    def _forget_stored(self, key: str) -> None:
-        # Deleted, or merged with what somebody else stored: it is read afresh.
+    def forget_stored(self, key: str) -> None:
+        """Undo what this request did to a key, its deletion too: it is read afresh."""
         self._deletes.discard(key)
         self.forget(key)

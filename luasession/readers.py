@@ -103,7 +103,7 @@ def policy(*words: str) -> Reader:
 
 def _takes_three(function: Any) -> bool:
     try:
-        inspect.signature(function).bind(None, None, None)
+        inspect.signature(function, follow_wrapped=False).bind(None, None, None)
     except TypeError:
         return False
     except ValueError:  # written in C, it does not say

@@ -138,8 +138,9 @@ class Transaction:
 
     def commit(self) -> None:
         """Apply what has changed now; see :meth:`luasession.LuaSession.commit`."""
+        refused = self._apply(anew=True)
         self._refused = None
-        self._finish(self._apply())
+        self._finish(refused)
 
     def reload(self) -> None:
         """Forget local changes and read the newest snapshot."""
@@ -152,6 +153,10 @@ class Transaction:
         """Change one key exactly; see :meth:`luasession.LuaSession.atomic_update`."""
         if self.destroyed or self.ledger.cleared:
             self.commit()
+        if self._refused is not None:
+            if self.ledger.is_pending(key) and not self.ledger.delta_of(key).without(self._refused):
+                self.ledger.forget_stored(key)  # it is not stored, so it is not what the update is of
+            self._refused = self._refused.without_field(field_name(key))
         was_default = self.ledger.is_default(key)
         if was_default:
             # Set because it was missing: for whoever finds one by now, that counts.
@@ -229,6 +234,9 @@ class Transaction:
         visit = self.visit
         if visit.failed or not visit.used:
             visit.close()
+            if visit.failed:
+                # With an error go the cookies of what this request has committed, and no others.
+                visit.refreshed, visit.offered = False, None
             if visit.failed and not self._told and self._may_have_changed():
                 # It could not be read or stored, and whoever caught that error goes on. So it is told.
                 self._tell_discarded("unavailable")
@@ -261,7 +269,7 @@ class Transaction:
         # The cheap half of the question: what only reads is through with it here.
         return self.ledger.may_have_changed() or self.destroyed or bool(self.changes)
 
-    def _apply(self) -> Refused | None:
+    def _apply(self, *, anew: bool = False) -> Refused | None:
         if not self._may_have_changed():
             return None
         if self.destroyed:
@@ -271,8 +279,9 @@ class Transaction:
                 raise SessionTooLarge(size, self.visit.config.max_bytes)
             self._end()
         delta = self._delta()
-        if self._refused is not None:
-            delta = delta.without(self._refused)
+        if self._refused is not None and not anew:
+            # Guarded again: of what is left out, what this request read of it counts all the same.
+            delta = self.ledger.guarded(delta.without(self._refused))
         if delta.cleared and not delta.creates:
             self._end()
             return None

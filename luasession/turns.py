@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 # Sessions that share a turn wait for each other now and then, which does no harm.
 _TURNS = 64
@@ -23,10 +24,11 @@ class Turns:
     """The turns of one process."""
 
     @cached_property
-    def _locks(self) -> list[threading.Lock]:
+    def _locks(self) -> list[Any]:
         # Made when first needed, when gevent has put its own kind in the place of threading's. Two threads
-        # that make them at the same moment each have a turn then, which does no harm.
-        return [threading.Lock() for _ in range(_TURNS)]
+        # that make them at the same moment each have a turn then, which does no harm. Reentrant, for a merge
+        # function that itself edits a session.
+        return [threading.RLock() for _ in range(_TURNS)]
 
     @contextmanager
     def one(self, handle: str) -> Iterator[bool]:

@@ -18,6 +18,8 @@ class Given(NamedTuple):
     #: Its bytes, as they are stored.
     raw: bytes
     fingerprint: bytes | None
+    #: The end that its key had then, milliseconds of the server's clock.
+    end: int | None = None
 
 
 def fingerprint(value: Any) -> bytes | None:

@@ -241,6 +241,111 @@ def test_what_is_done_again_after_a_refusal(make_app: MakeApp, what: str) -> Non
     assert (browser.cookies["session"] != id_before) is (what == "rotate")
 
 
+@pytest.mark.parametrize("more", [lambda x: session.update(z=x), lambda x: setattr(session, "label", str(x))])
+def test_what_was_read_counts_after_a_refusal(make_app: MakeApp, more: Callable[[int], None]) -> None:
+    """Under serializable what a view goes on with is refused as well, if what it has read was changed."""
+    app = make_app(SESSION_CONFLICT="serializable")
+    browser, twin = started(app, x=1)
+
+    def view() -> None:
+        x = session["x"]
+        session["x"] = x + 1
+        twin.run(lambda: session.update(x=100))
+        with pytest.raises(SessionConflict):
+            session.commit()
+        more(x)
+
+    browser.run(view, status=409)
+    assert browser.run(lambda: (dict(session), session.label)) == ({"start": 0, "x": 100}, None)
+
+
+#: What was refused of a key, an update of it after that, and what is to be stored: the update alone.
+UPDATED: dict[str, tuple[Callable[[], Any], Callable[[int], int], int]] = {
+    "set": (lambda: session.update(hits=100), lambda n: n + 1, 6),
+    "set to the same": (lambda: session.update(hits=100), lambda _: 100, 100),
+    "deleted": (lambda: session.pop("hits"), lambda n: n + 1, 6),
+}
+
+
+@pytest.mark.parametrize("what", UPDATED)
+def test_an_update_of_what_was_refused(make_app: MakeApp, what: str) -> None:
+    """``atomic_update`` of a key is one of what is stored, whatever a refused commit was to make of it."""
+    app = make_app(SESSION_MERGE={"n": "raise"})
+    browser, twin = started(app, hits=5, n=0)
+    change, function, expected = UPDATED[what]
+
+    def view() -> int:
+        change()
+        session["n"] += 1
+        twin.run(lambda: session.update(n=50))
+        with pytest.raises(SessionConflict):
+            session.commit()
+        updated: int = session.atomic_update("hits", function, 0)
+        return updated
+
+    assert browser.run(view) == expected
+    assert browser.run(lambda: dict(session)) == {"start": 0, "hits": expected, "n": 50}
+
+
+def test_a_change_in_place_after_an_update_of_what_was_refused(make_app: MakeApp) -> None:
+    """What a view appends anew to what an update gave it is stored, though the same was refused before."""
+    app = make_app(SESSION_MAX_BYTES=1000)
+    browser, _ = started(app, cart=[1])
+
+    def view() -> None:
+        session["cart"].append(2)
+        session["big"] = "x" * 2000
+        with pytest.raises(SessionTooLarge):
+            session.commit()
+        session.atomic_update("cart", lambda _: [1])
+        session["cart"].append(2)
+
+    browser.run(view)
+    assert browser.run(lambda: dict(session)) == {"start": 0, "cart": [1, 2]}
+
+
+def test_a_commit_that_cannot_be_made_forgets_no_refusal(make_app: MakeApp) -> None:
+    """What was refused stays so when the next commit fails over a value of its own."""
+    app = make_app(SESSION_MAX_BYTES=1000)
+    browser, _ = started(app)
+
+    def view() -> None:
+        session["a"] = 1
+        session["big"] = "x" * 2000
+        with pytest.raises(SessionTooLarge):
+            session.commit()
+        del session["big"]
+        session["c"] = object()
+        with pytest.raises(TypeError):
+            session.commit()
+        del session["c"]
+
+    browser.run(view)
+    assert browser.run(lambda: dict(session)) == {"start": 0}
+
+
+@pytest.mark.parametrize("between", ["commit", "atomic_update"])
+def test_a_key_that_ended_in_the_request_stays_ended(make_valkey_app: MakeApp, between: str) -> None:
+    """Changed in place after its end, with a commit of something else between, a key does not come to stay."""
+    app = make_valkey_app()
+    browser, _ = started(app, n=0)
+    browser.run(lambda: session.set("offer", [1], ttl=0.3))
+
+    def view() -> None:
+        offer = session["offer"]
+        time.sleep(0.5)
+        if between == "commit":
+            session["n"] = 1
+            session.commit()
+        else:
+            session.atomic_update("n", lambda n: n + 1)
+        offer.append(2)
+
+    browser.run(view)
+    assert b"offer" not in app.stored(handle_of(browser))
+    assert browser.run(lambda: dict(session)) == {"start": 0, "n": 1}
+
+
 def test_a_flash_after_a_refused_commit(make_app: MakeApp) -> None:
     """The usual way to tell a visitor of a conflict, a flash and a redirect, is not answered 409 itself."""
     app = make_app(SESSION_CONFLICT="raise")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -540,7 +541,20 @@ def test_a_merge_function_takes_three(key: str, function: Any) -> None:
         read_config({key: value})
 
 
-@pytest.mark.parametrize("function", [lambda *sides: sides, lambda a, b, c, d=1: a, merge.add, max])
+def with_a_database(function: Any) -> Any:
+    @functools.wraps(function)
+    def given(*sides: Any) -> Any:
+        return function("database", *sides)
+
+    return given
+
+
+@with_a_database
+def of_four(_database: str, _base: Any, _theirs: Any, ours: Any) -> Any:
+    return ours
+
+
+@pytest.mark.parametrize("function", [lambda *sides: sides, lambda a, b, c, d=1: a, merge.add, max, of_four])
 def test_a_function_that_takes_three_passes(function: Any) -> None:
     """However it is written, and where it does not say what it takes."""
     assert read_config({"SESSION_MERGE": {"a": function}}).merge["a"] is function

@@ -148,6 +148,41 @@ def test_what_was_committed_before_is_in_the_answer(
     assert browser.run(lambda: dict(session)) == {"a": 1}
 
 
+@pytest.mark.usefixtures("nothing_is_small")
+@pytest.mark.parametrize("where", ["view", "after_request"])
+def test_a_refreshed_id_does_not_go_with_a_503(
+    make_valkey_app: MakeApp, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A request that has refreshed the TTL by reading, and then cannot commit, is answered without a cookie."""
+    app = make_valkey_app(SESSION_PERMANENT=True, SESSION_TOUCH_INTERVAL=0, SESSION_CACHE_TTL=0)
+    down: list[bool] = []
+
+    def commit(response: Response) -> Response:
+        if down and where == "after_request":
+            session.commit()  # type: ignore[attr-defined]
+        return response
+
+    app.flask.after_request(commit)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    browser.run(lambda: session["a"])
+    assert "session" in browser.set_cookies
+
+    def unavailable(*_: Any, **__: Any) -> Any:
+        raise SessionUnavailable("down")
+
+    def view() -> None:
+        assert session["a"] == 1
+        session["b"] = 2
+        monkeypatch.setattr(app.flask.session_interface.store, "commit", unavailable)  # type: ignore[attr-defined]
+        down.append(True)
+        if where == "view":
+            session.commit()  # type: ignore[attr-defined]
+
+    browser.run(view, status=503)
+    assert browser.set_cookies == {}
+
+
 @pytest.mark.parametrize(
     ("error", "handled", "expected"),
     [

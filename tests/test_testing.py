@@ -312,6 +312,19 @@ def test_moments_while_the_clock_is_moved(
     assert type(found["one"]) is type(found["before"][4]) is type(found["inside"][3]["nested"][0]) is datetime
 
 
+def test_what_freezegun_has_beside_dates_is_refused(app: TestApp) -> None:
+    """A class of freezegun's that stands for no date is a TypeError as any other (G12)."""
+    factory = type("FrozenDateTimeFactory", (), {"__module__": "freezegun.api"})
+
+    def view() -> None:
+        session["x"] = factory()
+        with pytest.raises(TypeError, match="FrozenDateTimeFactory"):
+            session.commit()  # type: ignore[attr-defined]
+        del session["x"]
+
+    app.browser().run(view)
+
+
 def test_a_clock_that_moves_in_a_request(app: TestApp, move: Move, date: datetime) -> None:
     """Moved to and fro while a request is open, it is open all the same: it commits over a rotation, not over an end."""
     browser = app.browser()
