@@ -161,8 +161,9 @@ class _Packers(dict[type, Callable[[Any, int], Any]]):
     """How to make a value of some exact type plain: functions of the value and its depth."""
 
     def __missing__(self, kind: type) -> Callable[[Any, int], Any]:
-        if _unfrozen(kind) in self:
-            return self[_unfrozen(kind)]
+        real = _unfrozen(kind)
+        if real in self:
+            return self[real]
         raise TypeError(f"cannot store a {_name(kind)}")
 
 
@@ -202,7 +203,7 @@ class _Tagged:
             raise ValueError(_TOO_DEEP) from None
 
     def _tagged(self, value: Any, depth: int) -> dict[str, Any]:
-        tag = _BY_TYPE.get(type(value)) or _BY_TYPE[_unfrozen(type(value))]
+        tag = _BY_TYPE[_unfrozen(type(value))]
         content = tag.dump(value)
         return {tag.key: self._packers[type(content)](content, depth)}
 

@@ -114,7 +114,7 @@ class Delta(NamedTuple):
         """Return what changes beside what another delta changes in the same way, however that was checked."""
         attributes: dict[str, Any] = {
             name: mine if (mine := getattr(self, name)) != getattr(other, name) else None
-            for name in ATTRIBUTES
+            for name in _ATTRIBUTES
         }
         return self._replace(
             sets={name: put for name, put in self.sets.items() if not _is_same(put, other.sets.get(name))},
@@ -176,8 +176,8 @@ class Delta(NamedTuple):
 
 
 _NOTHING_ELSE: Final = Delta()[3:]
-#: What a delta changes beside fields, where it is not None.
-ATTRIBUTES: Final = ("rotation", "permanent", "lifetime_ms", "principal", "label")
+# What a delta changes beside fields, where it is not None.
+_ATTRIBUTES: Final = ("rotation", "permanent", "lifetime_ms", "principal", "label")
 
 
 def _is_same(put: Put, other: Put | None) -> bool:

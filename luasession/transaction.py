@@ -220,7 +220,7 @@ class Transaction:
     def abandon(self) -> None:
         """Store nothing more of this request; an exception tells of it."""
         self.visit.failed = self._told = True
-        self.visit.refreshed, self.visit.offered = False, None
+        self.visit.withhold()
 
     def save(self, meanwhile: Callable[[], None] | None = None) -> None:
         """Apply what is left at the end of the request; a delta without a session is dropped.
@@ -235,11 +235,10 @@ class Transaction:
         if visit.failed or not visit.used:
             visit.close()
             if visit.failed:
-                # With an error go the cookies of what this request has committed, and no others.
-                visit.refreshed, visit.offered = False, None
-            if visit.failed and not self._told and self._may_have_changed():
-                # It could not be read or stored, and whoever caught that error goes on. So it is told.
-                self._tell_discarded("unavailable")
+                visit.withhold()
+                if not self._told and self._may_have_changed():
+                    # It could not be read or stored, and whoever caught that error goes on. So it is told.
+                    self._tell_discarded("unavailable")
             return
         visit.meanwhile = meanwhile
         try:
@@ -250,8 +249,7 @@ class Transaction:
                 visit.touch(snapshot)
         except Exception:
             visit.failed = self._told = True
-            # With an error go the cookies of what this request has committed, and no others.
-            visit.refreshed, visit.offered = False, None
+            visit.withhold()
             raise
         finally:
             # The response goes out now: an id made later would never reach the browser.

@@ -57,8 +57,6 @@ class Values:
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"session[{key!r}] cannot be stored: {error}") from error
-        if type(raw) is bytes and raw:
-            return raw
         if isinstance(raw, str):
             raw = raw.encode("utf-8", "surrogatepass")
         if not raw:

@@ -370,6 +370,10 @@ class Visit:
         self._closed = True
         self.meanwhile = None
 
+    def withhold(self) -> None:
+        """Have the answer carry cookies of what was committed and no others, as it is an error's."""
+        self.refreshed, self.offered = False, None
+
     def turn(self) -> AbstractContextManager[bool]:
         """Return a turn at the session, to go on after a conflict; see :mod:`luasession.turns`."""
         return self._store.turn(self._id.handle if self._id else "")
