@@ -7,6 +7,7 @@ have it from Redis: the digest is compared here as it is there (G11).
 
 from __future__ import annotations
 
+from operator import attrgetter
 from threading import Lock
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from .snapshot import Pair, Snapshot
 # Rough cost of the objects around the bytes: a snapshot, and each name and value.
 _SNAPSHOT_BYTES = 600
 _FIELD_BYTES = 120
+# Rounded up, so that most commits leave an entry of the same size.
+_ROUNDED_TO = 256
 
 
 class Entry(NamedTuple):
@@ -28,9 +31,20 @@ class Entry(NamedTuple):
     sent: int
 
 
+class _Place:
+    """Where a session's entry is; another one of the same size may come into it, which moves nothing."""
+
+    __slots__ = ("entry", "size")
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.size = _size(entry)
+
+
 def _size(entry: Entry) -> int:
     snapshot = entry.snapshot
-    return _SNAPSHOT_BYTES + snapshot.size + _FIELD_BYTES * len(snapshot.fields)
+    size = _SNAPSHOT_BYTES + snapshot.size + _FIELD_BYTES * len(snapshot.fields)
+    return size + -size % _ROUNDED_TO
 
 
 class SnapshotCache:
@@ -42,13 +56,13 @@ class SnapshotCache:
     def __init__(self, max_bytes: int) -> None:
         # cachetools is corrupted for good by threads without a lock. No I/O is done under it.
         self._lock = Lock()
-        self._entries: LRUCache[str, Entry] = LRUCache(max_bytes, getsizeof=_size)
+        self._places: LRUCache[str, _Place] = LRUCache(max_bytes, getsizeof=attrgetter("size"))
 
     def get(self, session_id: SessionId) -> Entry | None:
         """Return the entry of a session, if the id is the right one for it."""
         with self._lock:
             try:
-                entry = self._entries[session_id.handle]
+                entry = self._places[session_id.handle].entry
             except KeyError:
                 return None
         if same_digest(entry.snapshot.digest, session_id.digest):
@@ -58,8 +72,8 @@ class SnapshotCache:
     def peek(self, handle: str) -> Snapshot | None:
         """Return a session's snapshot, to whoever shows it to nobody; that is no use of it."""
         with self._lock:
-            entry = self._look(handle)
-        return entry and entry.snapshot
+            place = self._look(handle)
+            return None if place is None else place.entry.snapshot
 
     def put(self, handle: str, snapshot: Snapshot, sent: int) -> None:
         """Keep what a call answered, unless something newer is there.
@@ -70,10 +84,11 @@ class SnapshotCache:
         """
         entry = Entry(snapshot, sent)
         with self._lock:
-            held = self._look(handle)
+            place = self._look(handle)
+            held = None if place is None else place.entry
             if held is not None and held.snapshot.version > snapshot.version and held.sent >= sent:
                 return
-            self._store(handle, entry)
+            self._store(handle, entry, place)
 
     def advance(
         self, handle: str, replaced: Pair, draft: Draft, metadata: tuple[bytes, bytes], now_ms: int, sent: int
@@ -88,31 +103,36 @@ class SnapshotCache:
         :return: the new snapshot, if the one that was replaced was here.
         """
         with self._lock:
-            held = self._look(handle)
-            if held is None:
+            place = self._look(handle)
+            if place is None:
                 return None
-            if held.snapshot.pair != replaced:
-                del self._entries[handle]
+            before = place.entry.snapshot
+            if before.pair != replaced:
+                del self._places[handle]
                 return None
-            snapshot = draft.over(held.snapshot, *metadata, now_ms)
-            self._store(handle, Entry(snapshot, sent))
+            snapshot = draft.over(before, *metadata, now_ms)
+            self._store(handle, Entry(snapshot, sent), place)
             return snapshot
 
     def drop(self, handle: str) -> None:
         """Forget a session."""
         with self._lock:
-            self._entries.pop(handle, None)
+            self._places.pop(handle, None)
 
-    def _look(self, handle: str) -> Entry | None:
+    def _look(self, handle: str) -> _Place | None:
         # The plain cache's look-up: by that of LRUCache the entry would count as used.
         try:
-            return Cache.__getitem__(self._entries, handle)
+            return Cache.__getitem__(self._places, handle)
         except KeyError:
             return None
 
-    def _store(self, handle: str, entry: Entry) -> None:
+    def _store(self, handle: str, entry: Entry, place: _Place | None) -> None:
+        # One object in the place of another: whoever looks without the lock sees one of the two.
+        if place is not None and _size(entry) == place.size:
+            place.entry = entry
+            return
         try:
-            self._entries[handle] = entry
+            self._places[handle] = _Place(entry)
         except ValueError:
             # Larger than the whole cache. cachetools leaves the old entry in its place.
-            self._entries.pop(handle, None)
+            self._places.pop(handle, None)

@@ -101,11 +101,6 @@ class Delta(NamedTuple):
         return bool(self.sets or (self.principal and self.principal.value is not None))
 
     @property
-    def only_sets(self) -> bool:
-        """Whether fields are set and nothing else changes, as is mostly the case."""
-        return bool(self.sets) and self[3:] == _NOTHING_ELSE
-
-    @property
     def size(self) -> int:
         """Bytes of the names and values that it sets."""
         return sum(len(name) + len(put.value) for name, put in self.sets.items())
@@ -175,7 +170,8 @@ class Delta(NamedTuple):
         return fields, lifetime_ms, principal, label, deadlines
 
 
-_NOTHING_ELSE: Final = Delta()[3:]
+#: What follows the sets of a delta that changes nothing else, as is mostly the case.
+NOTHING_ELSE: Final = Delta()[3:]
 # What a delta changes beside fields, where it is not None.
 _ATTRIBUTES: Final = ("rotation", "permanent", "lifetime_ms", "principal", "label")
 

@@ -6,14 +6,12 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flask import current_app
 from flask.globals import request_ctx
 
 from . import login
 from .config import read_config
 from .errors import LuaSessionError
 from .interface import LuaSessionInterface
-from .session import LuaSession, transaction_of
 from .sessions import Sessions
 from .store import Store
 
@@ -47,7 +45,6 @@ class Session:
         interface = LuaSessionInterface(app, config, store, connect)
         app.session_interface = interface
         if "luasession" not in app.extensions:
-            app.teardown_request(_save_late)
             app.process_response = _answers_errors(app)  # type: ignore[method-assign]
         app.extensions["luasession"] = Sessions(app, interface)
 
@@ -75,14 +72,3 @@ def _answers_errors(app: Flask) -> Callable[..., Any]:
             return answer
 
     return process_response
-
-
-def _save_late(_error: BaseException | None) -> None:
-    # What a streamed response changed after the session was saved (G15). Nobody is there to be told of a
-    # failure any more but the log.
-    session = request_ctx._session  # noqa: SLF001 - the public name marks the session as accessed
-    if isinstance(session, LuaSession):
-        try:
-            transaction_of(session).save_late()
-        except Exception:
-            current_app.logger.exception("A change made while the response was sent was not stored")

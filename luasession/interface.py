@@ -6,9 +6,11 @@ import weakref
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from flask import current_app
 from flask.ctx import has_request_context
 from flask.globals import request_ctx
 from flask.sessions import SessionInterface
+from werkzeug.local import LocalProxy
 
 from .answer import Answer
 from .clock import now_ns
@@ -29,6 +31,27 @@ if TYPE_CHECKING:
 
     from .config import Config
     from .store import Store
+
+
+def _saves_late(request: Request, session: LuaSession) -> Callable[[], None]:
+    """Return a request's ``close`` that stores what was changed after the session was saved (G15).
+
+    Flask closes the request as its context ends, after all that is torn down with it.
+    """
+    # Weakly: a request that holds itself waits for the garbage collector, uploads and all.
+    reference = weakref.ref(request)
+
+    def close() -> None:
+        try:
+            transaction_of(session).save_late()
+        except Exception:
+            # Nobody is there to be told any more but the log.
+            current_app.logger.exception("A change made while the response was sent was not stored")
+        request = reference()
+        if request is not None:
+            type(request).close(request)
+
+    return close
 
 
 class LuaSessionInterface(SessionInterface):
@@ -59,13 +82,17 @@ class LuaSessionInterface(SessionInterface):
         visit = Visit(
             self._store,
             self._config,
-            request,
+            request.environ.get("HTTP_COOKIE", ""),
             self.get_cookie_name(app),
             app.config,
             now_ns(),
             self.notify,
         )
-        return LuaSession(visit, self._values, self._policies)
+        session = LuaSession(visit, self._values, self._policies)
+        if isinstance(request, LocalProxy):
+            request = request._get_current_object()  # noqa: SLF001 - documented
+        request.close = _saves_late(request, session)  # type: ignore[method-assign]
+        return session
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """Apply the delta and write the cookies that follow from it."""

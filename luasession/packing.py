@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .config import Config
-from .delta import Change, Delta
+from .delta import NOTHING_ELSE, Change, Delta
 
 #: Milliseconds between two touches by those who do not use a session.
 NEVER = 1 << 47
@@ -23,7 +23,7 @@ def pack_delta(delta: Delta, new_digest: bytes, offer: bytes = b"") -> list[byte
         head = check.to_bytes(1) + ttl_ms.to_bytes(6) if check or ttl_ms else _NO_CHECK_NO_TTL
         parts += (head, len(name).to_bytes(4), name, len(value).to_bytes(4), value)
     arguments = [b"".join(parts), delta.base or b"", own]
-    if not delta.only_sets or offer or new_digest:
+    if delta[3:] != NOTHING_ELSE or offer or new_digest:
         arguments += _pack_rest(delta, new_digest, offer)
     while arguments and not arguments[-1]:  # what changes rarely stands last, and may be left out
         arguments.pop()

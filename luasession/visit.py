@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import signals
 from .calls import Caller
@@ -26,9 +26,6 @@ from .readers import idle_lifetime
 from .snapshot import Snapshot
 from .store import Store
 
-if TYPE_CHECKING:
-    from flask.wrappers import Request
-
 _log = logging.getLogger("luasession")
 
 # A hint: digits, no more than the largest version has.
@@ -38,8 +35,8 @@ _HINT = re.compile(r"\s*([0-9]{1,10})\s*").fullmatch
 class Visit:
     """One request's dealings with one session.
 
-    :param request: whose cookies are read when the session is first touched; most requests for
-        static files never touch it.
+    :param cookies: the header that the browser sent, read when the session is first touched; most requests
+        for static files never touch it. None: there is no browser.
     :param name: the name of the id cookie.
     :param settings: the app's config, for ``PERMANENT_SESSION_LIFETIME``, which may change late.
     :param opened: the monotonic nanosecond at which the request opened its session.
@@ -88,7 +85,7 @@ class Visit:
         self,
         store: Store,
         config: Config,
-        request: Request | None,
+        cookies: str | None,
         name: str,
         settings: Mapping[str, Any],
         opened: int,
@@ -97,7 +94,7 @@ class Visit:
         self._store = store
         #: The app's configuration.
         self.config = config
-        self._request = request
+        self._cookies = cookies
         self._settings = settings
         self._opened = opened
         #: Sends a signal.
@@ -108,7 +105,7 @@ class Visit:
     @property
     def id(self) -> SessionId | None:
         """The id of the session, None while there is none."""
-        if self._request is not None:
+        if self._cookies is not None:
             self._open()
         return None if self.standing is MISSING else self._id
 
@@ -140,9 +137,9 @@ class Visit:
         return stored if vault is None or self._id is None else vault.open(self._id.handle, name, stored)
 
     def _open(self) -> None:
-        if self._request is None:
+        if self._cookies is None:
             return
-        header, self._request = self._request.environ.get("HTTP_COOKIE", ""), None
+        header, self._cookies = self._cookies, None
         # Ids and hints need no unquoting, so three names are looked for and the rest is left unparsed. The
         # first of a name counts, as everywhere in Flask.
         found = dict(reversed(_cookies(self.name).findall(header)))
@@ -161,7 +158,7 @@ class Visit:
         :raise CorruptSession: if what is stored is not a session of a known format.
         """
         self.used = True
-        if self._request is not None:
+        if self._cookies is not None:
             self._open()
         if self._id is None or self.standing in _ABSENT:
             return None
@@ -181,7 +178,7 @@ class Visit:
     def reload(self) -> Snapshot | None:
         """Return the session as Redis has it now."""
         self.used = True
-        if self._request is not None:
+        if self._cookies is not None:
             self._open()
         if self._id is None or self.standing in _ABSENT:
             return None
@@ -207,7 +204,7 @@ class Visit:
         :raise SessionTooLarge: if the session would outgrow ``SESSION_MAX_BYTES``.
         :raise SessionUnavailable: if Redis does not answer within the deadline.
         """
-        if self._request is not None:
+        if self._cookies is not None:
             self._open()
         if self.standing in _ENDED:
             return Refused(self.standing)

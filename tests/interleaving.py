@@ -663,10 +663,10 @@ class Run:
 
     def _check_caches(self) -> None:
         for app in self.scene.processes:
-            entry = app.flask.session_interface._store._here.cache._entries.get(self._id.handle)
-            if entry is not None:
-                held = self._decoded(entry.snapshot.fields)
-                version = entry.snapshot.version
+            snapshot = app.flask.session_interface._store._here.cache.peek(self._id.handle)
+            if snapshot is not None:
+                held = self._decoded(snapshot.fields)
+                version = snapshot.version
                 self._same(f"v{version} as cached is", held, self.specification.history[version])
 
     def _check_cookies(self) -> None:

@@ -638,6 +638,27 @@ def test_changes_in_after_request_and_teardown(app: TestApp) -> None:
     assert browser.run(lambda: dict(session)) == {"view": 1, "after": 1, "torn": 1}
 
 
+@pytest.mark.parametrize("view", [lambda: None, lambda: session.get("a"), lambda: session.update(b=[2])])
+def test_a_request_is_freed_at_its_end(app: TestApp, view: Callable[[], Any]) -> None:
+    """A request, with what was uploaded, does not wait for the garbage collector."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=[1]))
+    seen = []
+
+    def watched() -> None:
+        seen.append(weakref.ref(request._get_current_object()))
+        view()
+
+    gc.collect()
+    gc.disable()
+    try:
+        browser.run(watched)
+        browser.response = None
+        assert [reference() for reference in seen] == [None]
+    finally:
+        gc.enable()
+
+
 def test_flashes(app: TestApp) -> None:
     """Flashed messages arrive once, at the next request or at this one, with category and as Markup."""
     browser = app.browser()

@@ -401,10 +401,10 @@ def test_a_careless_cache_is_found(
     def advance(
         self: Any, handle: str, _replaced: Any, draft: Draft, metadata: Any, now_ms: int, sent: int
     ) -> Any:
-        held = self._entries.get(handle)
-        snapshot = held and draft.over(held.snapshot, *metadata, now_ms)
+        held = self._look(handle)
+        snapshot = held and draft.over(held.entry.snapshot, *metadata, now_ms)
         if snapshot:
-            self._store(handle, luasession.cache.Entry(snapshot, sent))
+            self._store(handle, luasession.cache.Entry(snapshot, sent), held)
         return snapshot
 
     monkeypatch.setattr(luasession.cache.SnapshotCache, "advance", advance)

@@ -39,8 +39,8 @@ def store_with(**answers: Any) -> Any:
 
 
 def visit_to(store: Any, cookie: str | None = None, name: str = "session", **config: Any) -> Visit:
-    request = Mock(environ={"HTTP_COOKIE": f"session={ID.sid}" if cookie is None else cookie})
-    return Visit(store, Config(**config), request, name, SETTINGS, now_ns(), Mock())
+    cookies = f"session={ID.sid}" if cookie is None else cookie
+    return Visit(store, Config(**config), cookies, name, SETTINGS, now_ns(), Mock())
 
 
 def applied(version: int, *, former: bool = False, **more: Any) -> Applied:
@@ -330,11 +330,3 @@ def test_an_errand_keeps_nothing_alive() -> None:
     assert errand.commit(WRITE) == Refused(Standing.MISSING)
     assert not errand.has_browser
     assert creations(store) == []
-
-
-def test_the_request_is_let_go() -> None:
-    """Once its cookies are read the visit holds the request no longer."""
-    store, request = store_with(), Mock(environ={"HTTP_COOKIE": f"session={ID.sid}"})
-    visit = Visit(store, Config(), request, "session", SETTINGS, now_ns(), Mock())
-    assert visit.id is not None
-    assert visit._request is None
