@@ -87,6 +87,7 @@ local RECENT = 5000000                           -- microseconds that a quiet se
 local QUIET, BUSY, CROWDED = 64, 256, 768        -- bytes of the journal
 local RING_BUSY, RING_MOST = 512, 1024           -- bytes of the ring, QUIET of a quiet session's
 local FEW = 8                                    -- commits that may lie between base and commit in no crowd
+local NEVER = 2 ^ 47                             -- a touch interval: this is no use of the session
 local CHUNK = 7000                               -- arguments that unpack takes
 
 local clock = redis.call('TIME')
@@ -170,7 +171,12 @@ if digest ~= '' and not is_current and not promoted then
   -- Of former digests four are kept, for a while. Who was open before the oldest rotation that is still known
   -- may come with one from before it, and is not told that there is no session: he would begin one (G8).
   if code == 'missing' and opened < oldest then code, before = 'stale', 1 end
+  -- What was read before a clear goes on nowhere, not in a session of its own either (G7).
+  if code == 'stale' and base_version and cleared and not clear and base_version < parse('>I4', cleared) then
+    code = 'gone'
+  end
   if code == 'stale' then return {code, write_id, now_us, before} end
+  if code == 'gone' then return {code, write_id, now_us} end
   if code == 'missing' then return {code, write_id, now_us} end
 end
 
@@ -497,7 +503,9 @@ end
 
 -- Emptied key by key it lives on for the grace time: a parallel request may be adding a key (G1).
 local lifetime = own_lifetime and tonumber(own_lifetime) or default_lifetime
-if own_lifetime and by_default then touch_interval = math.min(touch_interval, math.floor(lifetime / 20)) end
+if own_lifetime and touch_interval < NEVER then
+  touch_interval = math.min(touch_interval, math.floor(lifetime / (by_default and 20 or 2)))
+end
 local emptied = fields == 0 and not principal and not create
 if emptied then lifetime = math.min(lifetime, grace) end
 local due = expiry_changed or clear or emptied or fields_before == 0 or now - touched >= touch_interval

@@ -107,9 +107,10 @@ class Answer:
             self._keep_private()
         if not self._caches:
             return
-        if visit.made is not None:
-            self._set_cookie(f"{name}_v", str(visit.made), expires, attributes)
-        if visit.others_wrote:
+        if visit.made is None:
+            return
+        self._set_cookie(f"{name}_v", str(visit.made), expires, attributes)
+        if visit.others_know_better:
             window = math.ceil(self._config.cache_ttl or 0) + 1
             response.set_cookie(f"{name}_o", "1", max_age=window, **attributes)
 

@@ -84,17 +84,18 @@ class Config:
     #: Milliseconds to wait for them, over 0 (which Redis takes for "for ever").
     wait_timeout_ms: int = 100
 
-    def touch_ms(self, lifetime_ms: int) -> int:
+    def touch_ms(self, lifetime_ms: int, own_ms: int | None = None) -> int:
         """Return the milliseconds between two refreshes of a session's TTL.
 
-        ``SESSION_TOUCH_INTERVAL`` if it was set, else a twentieth of the
-        lifetime, at most one minute.
+        ``SESSION_TOUCH_INTERVAL`` if it was set, at most half of a lifetime of
+        the session's own; else a twentieth of the lifetime, at most one minute.
 
-        :param lifetime_ms: idle lifetime of the session, milliseconds.
+        :param lifetime_ms: idle lifetime of sessions that have none of their own, milliseconds.
+        :param own_ms: idle lifetime of the session's own, milliseconds.
         """
-        if self.touch_interval_ms is not None:
-            return self.touch_interval_ms
-        return min(_TOUCH_MS, lifetime_ms // _LIFETIME_PART)
+        if self.touch_interval_ms is None:
+            return min(_TOUCH_MS, (own_ms or lifetime_ms) // _LIFETIME_PART)
+        return min(self.touch_interval_ms, own_ms // 2) if own_ms else self.touch_interval_ms
 
     def trust_seconds(self, lifetime_ms: int) -> float:
         """Return the seconds that a cached snapshot of a session is trusted.

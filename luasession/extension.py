@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flask.globals import request_ctx
@@ -12,11 +13,12 @@ from . import login
 from .config import read_config
 from .errors import LuaSessionError
 from .interface import LuaSessionInterface
+from .session import LuaSession
 from .sessions import Sessions
 from .store import Store
 
 if TYPE_CHECKING:
-    from flask import Flask
+    from flask import Flask, Response
 
 
 class Session:
@@ -59,16 +61,34 @@ def _answers_errors(app: Flask) -> Callable[..., Any]:
     reference = weakref.ref(app)
     theirs = vars(app).get("process_response")
 
-    def process_response(*about: Any) -> Any:
+    def process_response(*given: Any, response: Any = None) -> Any:
         app = reference()
         if app is None:
             raise RuntimeError("the app of this response is gone")
+        context: Any = given
+        if response is None:
+            *context, response = given
+        process: Callable[..., Any] = theirs or partial(type(app).process_response, app)
         try:
-            return theirs(*about) if theirs else type(app).process_response(app, *about)
-        except LuaSessionError as error:
-            answer = app.make_response(app.handle_user_exception(error))
-            about[-1].close()
-            app.session_interface.save_session(app, request_ctx.session, answer)
+            try:
+                return process(*context, response)
+            except LuaSessionError as error:
+                answer = app.make_response(app.handle_user_exception(error))
+        except Exception:
+            # It may be the page of an error already, which Flask sends as it is.
+            _carry_on(app, response)
+            raise
+        response.close()
+        try:
+            return process(*context, answer)
+        except LuaSessionError:  # as before: what comes after the function that reads the session is left out
+            _carry_on(app, answer)
             return answer
 
     return process_response
+
+
+def _carry_on(app: Flask, response: Response) -> None:
+    session = request_ctx._session  # noqa: SLF001 - the public name marks the session as accessed
+    if isinstance(session, LuaSession) and isinstance(app.session_interface, LuaSessionInterface):
+        app.session_interface.write_cookies(app, session, response)

@@ -107,9 +107,15 @@ class LuaSessionInterface(SessionInterface):
                 # session_transaction(). (The public name of that attribute marks a session as accessed.)
                 raise
             # Out of here an exception would pass by the app's handlers for its class. One that none of
-            # them answers is raised again, and Flask makes a 500 of it.
-            answer.replace(app.make_response(app.handle_user_exception(error)))
-        answer.write(session)
+            # them answers is raised again, and Flask makes a 500 of it. What is answered goes by the
+            # after_request functions, as each page of an error does, and comes by here for its cookies.
+            answer.replace(app.process_response(app.make_response(app.handle_user_exception(error))))
+        else:
+            answer.write(session)
+
+    def write_cookies(self, app: Flask, session: LuaSession, response: Response) -> None:
+        """Have a response carry what has been committed, and store nothing more."""
+        Answer(self, app, self._config, response).write(session)
 
     def errand(self, app: Flask, handle: str) -> LuaSession:
         """Return a session for work from outside of a request; see :meth:`luasession.Sessions.edit`."""

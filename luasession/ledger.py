@@ -8,6 +8,7 @@ from one version, plus what the request itself has changed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any, Protocol
 
 from .codec import is_immutable
@@ -75,6 +76,9 @@ class Ledger:
         self._deletes: set[str] = set()
         # Keys whose stored value, or absence, this request knows of.
         self._reads: set[str] = set()
+        # What the last delta has of the assigned ones: another thread may assign while it is on its way.
+        self._sent: dict[str, Any] = {}
+        self._lock = Lock()
 
     def afresh(self) -> Ledger:
         """Return an empty one of the same sort."""
@@ -87,17 +91,21 @@ class Ledger:
     def snapshot(self) -> Snapshot | None:
         """Return the snapshot, loading it at the first time."""
         if not self._loaded:
-            self.start_from(self._source.load())
+            snapshot = self._source.load()
+            with self._lock:
+                # Of two threads of a request that read at once both go on from what the first one got (G4).
+                if not self._loaded:
+                    self.start_from(snapshot)
         return self._snapshot
 
     def start_from(self, snapshot: Snapshot | None) -> None:
         """Work on this snapshot, and load none."""
-        self._loaded = True
         if snapshot is not None:
             self._snapshot = snapshot
             self._base = snapshot.pair
             if snapshot.deadlines:
                 self._now_ms = self._source.now_ms
+        self._loaded = True
 
     @property
     def position(self) -> tuple[Pair | None, tuple[bytes, ...]]:
@@ -131,6 +139,8 @@ class Ledger:
         try:
             raw = self._source.open(name, raw)
             value = self._values.load(raw)
+        except MemoryError:
+            raise
         except Exception as error:
             if key not in self._corrupt_keys:
                 self._corrupt_keys |= {key}
@@ -153,6 +163,8 @@ class Ledger:
                 names = snapshot.names(self._now_ms)
                 stored = {key: name for name in names if (key := session_key(name)) is not None}
         for key, name in stored.items():
+            if self.cleared:  # meanwhile
+                return
             if key in self._deletes:
                 continue
             if key not in self._live and snapshot is not None:
@@ -200,9 +212,10 @@ class Ledger:
         :raise TypeError: if a value is of a type that cannot be stored; names the key.
         """
         sets: dict[bytes, Put] = {}
-        encode, live, reads = self._values.encode, self._live, self._reads
+        encode, live, reads, sent = self._values.encode, self._live, self._reads, self._sent
         for key, ttl_ms in self._sets.items():
-            raw = encode(key, live[key])
+            sent[key] = value = live[key]
+            raw = encode(key, value)
             if key not in reads:
                 sets[field_name(key)] = Put(raw, _UNCHECKED, ttl_ms)
             elif ttl_ms or not self._is_stored(key, raw):
@@ -274,7 +287,8 @@ class Ledger:
 
     def encoded(self, key: str) -> bytes:
         """Return the bytes of a key's value, as this request has it."""
-        return self._values.encode(key, self._live[key])
+        self._sent[key] = value = self._live[key]
+        return self._values.encode(key, value)
 
     def forget(self, key: str) -> None:
         """Undo what this request did to a key."""
@@ -353,14 +367,17 @@ class Ledger:
         """
         self._advance(sent, applied, created=created)
         for name in sent.deletes:
-            self.forget_stored(session_key(name) or "")
+            key = session_key(name) or ""
+            if key not in self._sets:  # else it was assigned meanwhile, by another thread
+                self.forget_stored(key)
         live, given = self._live, self._given
         for name, put in sent.sets.items():
             key = session_key(name) or ""
             if sent is not ours and put is not ours.sets.get(name):
                 self._take_over(key, put.value)
                 continue
-            self._sets.pop(key, None)
+            if live.get(key) is self._sent.get(key):
+                self._sets.pop(key, None)
             if key in live and not is_immutable(live[key]):
                 # No fingerprint: while the commit was on its way another thread may have changed the value.
                 given[key] = Given(put.value, None, self._end_of(name))

@@ -108,11 +108,14 @@ class _Attempts:
         self._left = attempts
         self._pause = backoff
         self._flashes = request_ctx.flashes
+        self._was_strict = False
 
     def __enter__(self) -> Self:
         with suppress(SessionGone):
             self._session.commit()
-        transaction_of(self._session).ledger.strict = True
+        ledger = transaction_of(self._session).ledger
+        # One decorated view may call another.
+        self._was_strict, ledger.strict = ledger.strict, True
         return self
 
     def __exit__(
@@ -121,7 +124,7 @@ class _Attempts:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        transaction_of(self._session).ledger.strict = False
+        transaction_of(self._session).ledger.strict = self._was_strict
 
     def committed(self) -> bool:
         """Commit, and tell whether that was it."""
@@ -133,7 +136,7 @@ class _Attempts:
         except SessionConflict:
             if self._left <= 0:
                 # Without this the end of the request would store it, by the ordinary policy.
-                transaction_of(self._session).abandon()
+                transaction_of(self._session).give_up()
                 raise
             return False
         return True

@@ -122,7 +122,7 @@ class Store:
     def _is_cheap(self, snapshot: Snapshot, session_id: SessionId, caller: Caller) -> bool:
         # A script that finds nothing new takes the server some 12 microseconds, a small hash 3. Where the TTL
         # is due a refresh the script does both.
-        interval = self._config.touch_ms(snapshot.lifetime_ms or caller.lifetime_ms)
+        interval = self._config.touch_ms(caller.lifetime_ms, snapshot.lifetime_ms)
         return snapshot.size <= SMALL and self.now_ms(session_id.handle) - snapshot.touched_ms < interval
 
     def _read_whole(self, session_id: SessionId, caller: Caller) -> Snapshot | None:
@@ -148,8 +148,8 @@ class Store:
         offer: SessionId | None = None,
     ) -> Loaded:
         here = self._here
-        lifetime_ms = (base and base.lifetime_ms) or caller.lifetime_ms
-        interval_ms = self._config.touch_ms(lifetime_ms) if caller.uses else NEVER
+        own_ms = base.lifetime_ms if base else None
+        interval_ms = self._config.touch_ms(caller.lifetime_ms, own_ms) if caller.uses else NEVER
         numbers = pack_times(caller.lifetime_ms, interval_ms, self._config.grace_ms)
         held = base.pair if base else b""
         rest = (held, self._packed_offer(offer)) if offer else (held,) if held else ()
@@ -232,7 +232,7 @@ class Store:
             sent, (code, _id, now_us, *rest) = here.calls.run(
                 "commit", handle, write_id, caller, arguments, meanwhile=prepare
             )
-        except SessionUnavailable:
+        except BaseException:
             # It may have been applied all the same: what is held here may be of before it.
             here.cache.drop(handle)
             raise

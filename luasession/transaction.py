@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from . import merge, signals
 from .clock import now_ns
 from .conflicts import Conflict
 from .delta import KEEP, Change, Check, Delta, Put, Rotation
-from .errors import SessionConflict, SessionGone, SessionTooLarge
+from .errors import SessionConflict, SessionGone, SessionTooLarge, SessionUnavailable
 from .ledger import Ledger
 from .outcome import MISSING, STALE, Applied, Conflicting, Refused
 from .snapshot import Pair, field_name, session_key
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 _ROUNDS = 64
 # Seconds, at most, before another round.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
+# Seconds beyond the deadline after which another thread of the same request is waited for no longer.
+_LONGEST_COMMIT = 5.0
 
 
 class Transaction:
@@ -59,6 +63,19 @@ class Transaction:
         self.ledger = Ledger(visit, values, policies)
         #: What changes about the session beside its keys, by the names of the delta.
         self.changes: dict[str, Any] = {}
+        # Threads that share the request, by copy_current_request_context(), commit one after the other: what
+        # one of them has sent and not settled yet would be sent by another one as well (G6).
+        self._lock = RLock()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        # Not for ever: a thread that holds it may be waiting for the one that wants it, in a receiver say.
+        if not self._lock.acquire(timeout=self.visit.config.redis_deadline + _LONGEST_COMMIT):
+            raise SessionUnavailable("another thread of this request has been committing for too long")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _start(self) -> None:
         self._refused = None
@@ -138,19 +155,42 @@ class Transaction:
 
     def commit(self) -> None:
         """Apply what has changed now; see :meth:`luasession.LuaSession.commit`."""
-        refused = self._apply(anew=True)
-        self._refused = None
-        self._finish(refused)
+        with self._alone():
+            self._must_not_have_failed()
+            refused = self._apply(anew=True)
+            self._refused = None
+            self._finish(refused)
+
+    def _must_not_have_failed(self) -> None:
+        # What could not be read may be what the change was made from; what was sent may have been applied.
+        if self.visit.failed:
+            raise SessionUnavailable("this request could not read or store the session before; reload() it")
 
     def reload(self) -> None:
         """Forget local changes and read the newest snapshot."""
+        with self._alone():
+            snapshot = self.visit.reload()
+            self.forget()
+            self.ledger.start_from(snapshot)
+            self.visit.failed = False
+
+    def forget(self) -> None:
+        """Forget local changes; what is read next is read anew."""
         self.destroyed = False
         self._start()
-        self.ledger.start_from(self.visit.reload())
-        self.visit.failed = False
+
+    def give_up(self) -> None:
+        """Forget local changes, as an exception tells that they are not stored."""
+        self.forget()
+        self.visit.withhold()
 
     def atomic_update(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
         """Change one key exactly; see :meth:`luasession.LuaSession.atomic_update`."""
+        with self._alone():
+            self._must_not_have_failed()
+            return self._atomic_update(key, function, default)
+
+    def _atomic_update(self, key: str, function: Callable[[Any], Any], default: Any) -> Any:
         if self.destroyed or self.ledger.cleared:
             self.commit()
         if self._refused is not None:
@@ -168,7 +208,7 @@ class Transaction:
             self.ledger.forget(key)
         try:
             refused = self._update(key, function, default)
-        except Exception:
+        except BaseException:
             self.ledger.forget(key)
             if was_default:
                 self.ledger.set(key, default)
@@ -217,11 +257,6 @@ class Transaction:
         if self._saved and not self.visit.failed and (self.destroyed or self.visit.id is None):
             raise RuntimeError("the response has been sent: a session cannot be started any more")
 
-    def abandon(self) -> None:
-        """Store nothing more of this request; an exception tells of it."""
-        self.visit.failed = self._told = True
-        self.visit.withhold()
-
     def save(self, meanwhile: Callable[[], None] | None = None) -> None:
         """Apply what is left at the end of the request; a delta without a session is dropped.
 
@@ -242,12 +277,13 @@ class Transaction:
             return
         visit.meanwhile = meanwhile
         try:
-            refused = self._apply()
-            if refused is not None:
-                self._discard(refused)
-            elif (snapshot := self.ledger.loaded) is not None:
-                visit.touch(snapshot)
-        except Exception:
+            with self._alone():
+                refused = self._apply()
+                if refused is not None:
+                    self._discard(refused)
+                elif (snapshot := self.ledger.loaded) is not None:
+                    visit.touch(snapshot)
+        except BaseException:
             visit.failed = self._told = True
             visit.withhold()
             raise
@@ -260,8 +296,9 @@ class Transaction:
         visit = self.visit
         if not (visit.used and self._saved) or visit.failed or not self._may_have_changed():
             return
-        if self.destroyed or self.ledger.changed() or (self.changes and self._delta()):
-            self.save()
+        with self._alone():  # it may be that what has changed is just being saved, by another thread
+            if self.destroyed or self.ledger.changed() or (self.changes and self._delta()):
+                self.save()
 
     def _may_have_changed(self) -> bool:
         # The cheap half of the question: what only reads is through with it here.
@@ -417,6 +454,7 @@ class Transaction:
         self.committed = True
         self.created = self.created or created
         self.ledger.settle(ours, delta, applied, created=created)
+        self.visit.settled()
         if created:
             self.changes.pop("rotation", None)  # its secret is new as it is
         if self.changes:

@@ -69,6 +69,8 @@ class Values:
             return merge.MISSING
         try:
             return self.load(raw)
+        except MemoryError:
+            raise
         except Exception:  # noqa: BLE001 - whatever a serializer of one's own raises
             return merge.MISSING
 

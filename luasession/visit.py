@@ -19,7 +19,7 @@ from .calls import Caller
 from .clock import now_ns
 from .config import Config
 from .delta import Change, Delta
-from .errors import CorruptSession, SessionUnavailable
+from .errors import CorruptSession, SessionTooLarge, SessionUnavailable
 from .ids import SessionId, new_session_id, parse_session_id
 from .outcome import FORMER, GONE, LIVE, MISSING, STALE, Applied, Conflicting, Refused, Standing
 from .readers import idle_lifetime
@@ -30,6 +30,9 @@ _log = logging.getLogger("luasession")
 
 # A hint: digits, no more than the largest version has.
 _HINT = re.compile(r"\s*([0-9]{1,10})\s*").fullmatch
+# Nanoseconds after a commit's sending by which its answer leaves, or it may meet what others have been told
+# since (G9). Well below the second by which the hint of the others outlasts the trust window.
+_PROMPT = 500_000_000
 
 
 class Visit:
@@ -64,6 +67,8 @@ class Visit:
     offered: SessionId | None = None
     #: The version to put into the hint cookie; None to leave the hint alone.
     made: int | None = None
+    # The monotonic nanosecond at which the last commit was sent.
+    _sent = 0
     #: Whether others were writing meanwhile, so that every process has to confirm.
     others_wrote = False
     #: Whether the TTL was refreshed, so that the browser's expiry is due as well.
@@ -78,7 +83,8 @@ class Visit:
     used = False
     #: What can be done for the response while a commit is on its way, until :meth:`close`.
     meanwhile: Callable[[], None] | None = None
-    #: Whether it could not read what there is: nothing of it is stored, as nothing can be built on that.
+    #: Whether it could not read what there is, or does not know what became of a commit: nothing of it is
+    #: stored any more, as nothing can be built on that.
     failed = False
 
     def __init__(
@@ -169,21 +175,25 @@ class Visit:
                 self.seen = snapshot
                 self._principal = snapshot.principal
                 return snapshot
-        try:
-            return self.reload()
-        except Exception:
-            self.failed = True
-            raise
+        return self.reload()
 
     def reload(self) -> Snapshot | None:
-        """Return the session as Redis has it now."""
+        """Return the session as Redis has it now.
+
+        :raise SessionUnavailable: if Redis does not answer within the deadline.
+        :raise CorruptSession: if what is stored is not a session of a known format.
+        """
         self.used = True
         if self._cookies is not None:
             self._open()
         if self._id is None or self.standing in _ABSENT:
             return None
         offer = self._offer()
-        loaded = self._store.load(self._id, self.caller, offer)
+        try:
+            loaded = self._store.load(self._id, self.caller, offer)
+        except BaseException:
+            self.failed = True
+            raise
         self.standing = loaded.standing
         if loaded.offered:
             self.offered = offer
@@ -194,12 +204,16 @@ class Visit:
         if loaded.touched:
             self._note_touch()
         if loaded.snapshot.version < self._hint:
-            # A failover took versions back: a hint that stays above would have everybody confirm forever.
+            # A failover took versions back: a hint that stays above would have everybody confirm forever. And
+            # one that falls may fall below what others have been told by now.
             self._hint = self.made = loaded.snapshot.version
+            self.others_wrote = True
         return loaded.snapshot
 
     def commit(self, delta: Delta) -> Applied | Conflicting | Refused:
         """Apply a delta, to a new session if there is none and the delta may start one.
+
+        What is applied has to be settled, by :meth:`settled`, before anything else is stored.
 
         :raise SessionTooLarge: if the session would outgrow ``SESSION_MAX_BYTES``.
         :raise SessionUnavailable: if Redis does not answer within the deadline.
@@ -214,14 +228,18 @@ class Visit:
         offer = None if rotate_to or self.config.renew_after_ms is None else self._offer()
         if delta.principal is not None:
             self._enter(self._id, delta.principal)
+        # Whatever breaks off before the outcome is taken in, a killed greenlet too, it may have been applied:
+        # sent once more, it would be another commit (G6).
+        self.failed = True
+        self._sent = now_ns()
         try:
             result = self._store.commit(
                 self._id, delta, self.caller, rotate_to=rotate_to, offer=offer, meanwhile=self.meanwhile
             )
-        except SessionUnavailable:
-            # It may have been applied all the same: sent once more, it would be another commit (G6).
-            self.failed = True
+        except (SessionTooLarge, CorruptSession):
+            self.failed = False
             raise
+        self.failed = isinstance(result, Applied)
         if isinstance(result, Applied):
             self.standing = FORMER if result.former else LIVE
             if rotate_to:
@@ -256,11 +274,14 @@ class Visit:
         self._principal = None
         if delta.principal is not None:
             self._enter(session_id, delta.principal)
+        self.failed = True  # as for commit()
+        self._sent = now_ns()
         try:
             result = self._store.commit(session_id, delta, self.caller, create=True, meanwhile=self.meanwhile)
-        except SessionUnavailable:
-            self.failed = True
+        except (SessionTooLarge, CorruptSession):
+            self.failed = False
             raise
+        self.failed = isinstance(result, Applied)
         if not isinstance(result, Applied):
             # Nobody else knows the handle, save who found it in its principal's index and ended it there.
             self.standing = GONE
@@ -336,7 +357,7 @@ class Visit:
         """
         if self._touched or self.standing is not LIVE or self._id is None:
             return
-        interval = self.config.touch_ms(snapshot.lifetime_ms or self.caller.lifetime_ms)
+        interval = self.config.touch_ms(self.caller.lifetime_ms, snapshot.lifetime_ms)
         if self.now_ms - snapshot.touched_ms < interval:
             return
         offer = self._offer()
@@ -361,6 +382,15 @@ class Visit:
         handle = self.presented_handle
         _log.warning("session %s: the value of %r does not decode: %s", handle, key, type(error).__name__)
         self.notify(signals.session_corrupt, handle=handle, key=key, error=error)
+
+    def settled(self) -> None:
+        """Take note that the outcome of the last commit is known to whoever made it."""
+        self.failed = False
+
+    @property
+    def others_know_better(self) -> bool:
+        """Whether the hint may fall below what others have been told: every process has to confirm."""
+        return self.others_wrote or (self._sent > 0 and now_ns() - self._sent > _PROMPT)
 
     def close(self) -> None:
         """Start no session any more: the response is on its way."""

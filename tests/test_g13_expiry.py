@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -169,12 +170,32 @@ def test_a_session_in_no_use_ends(make_app: MakeApp, cache_ttl: float | None) ->
     handle = browser.run(lambda: session.handle)
     twin = browser.twin(app.another())
     twin.run(lambda: session.get("a"))
-    assert eventually(lambda: browser.run(lambda: dict(session)) == {}, 5)
+    time.sleep(0.4)  # asked for meanwhile it would go on
+    assert browser.run(lambda: dict(session)) == {}
     assert twin.run(lambda: dict(session)) == {}
     assert app.stored(handle) == {}
     browser.run(lambda: session.update(b=1))
     assert browser.run(lambda: (dict(session), session.version)) == ({"b": 1}, 1)
     assert browser.run(lambda: session.handle) != handle
+
+
+@pytest.mark.parametrize("interval", [None, 60])
+@pytest.mark.parametrize("use", ["read", "write"])
+def test_a_short_lifetime_of_its_own_slides_too(make_app: MakeApp, interval: int | None, use: str) -> None:
+    """In use a session lives on, also where its own lifetime is shorter than the interval that was set."""
+    app = make_app(SESSION_TOUCH_INTERVAL=interval)
+    browser = app.browser()
+
+    def short() -> None:
+        session["n"] = 0
+        session.lifetime = 3
+
+    browser.run(short)
+    handle = browser.run(lambda: session.handle)
+    before = stored(app, handle).ends_ms
+    time.sleep(1.6)
+    browser.run((lambda: session["n"]) if use == "read" else (lambda: session.update(n=1)))
+    assert stored(app, handle).ends_ms > before
 
 
 @pytest.mark.parametrize("then", ["use", "rotate", "lifetime", "clear"])
