@@ -82,7 +82,7 @@ def _answers_errors(app: Flask) -> Callable[..., Any]:
         try:
             return process(*context, answer)
         except LuaSessionError:  # as before: what comes after the function that reads the session is left out
-            _carry_on(app, answer)
+            app.session_interface.save_session(app, request_ctx._session, answer)  # noqa: SLF001 - as below
             return answer
 
     return process_response

@@ -591,7 +591,25 @@ def test_a_mapping_as_any_other(app: TestApp) -> None:
     assert browser.twin(app.another()).run(lambda: dict(session)) == {"z": 1}
 
 
-@pytest.mark.parametrize("name", ["visit", "transaction", "save", "strict", "abandon"])
+def test_cleared_while_it_is_walked_through(app: TestApp) -> None:
+    """An iteration ends when the session is cleared, and shows nothing of what was there."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=[1], b=[2], c=[3]))
+
+    def view() -> None:
+        keys = iter(session)
+        next(keys)
+        session.clear()
+        session["new"] = 1
+        assert list(keys) == []
+        assert dict(session) == {"new": 1}
+        assert "b" not in session
+
+    browser.run(view)
+    assert browser.run(lambda: dict(session)) == {"new": 1}
+
+
+@pytest.mark.parametrize("name", ["visit", "transaction", "save", "strict", "forget"])
 def test_keys_in_templates(make_valkey_app: MakeApp, name: str) -> None:
     """``{{ session.visit }}`` shows the key of that name: nothing inside a session hides it."""
     browser = make_valkey_app().browser()
@@ -636,6 +654,25 @@ def test_changes_in_after_request_and_teardown(app: TestApp) -> None:
     app.flask.after_request_funcs.clear()
     app.flask.teardown_request_funcs[None].remove(teardown)
     assert browser.run(lambda: dict(session)) == {"view": 1, "after": 1, "torn": 1}
+
+
+def test_changes_while_the_request_is_torn_down(make_valkey_app: MakeApp) -> None:
+    """What a teardown function that was registered before the extension sets is stored, and a receiver's too."""
+    from flask import request_tearing_down
+
+    app = make_valkey_app()
+    functions = app.flask.teardown_request_funcs.setdefault(None, [])
+    browser = app.browser()
+    browser.run(lambda: session.update(view=1))
+    functions.insert(0, lambda _error: session.update(first=1))
+
+    def tear_down(_app: Flask, **_: Any) -> None:
+        session["signal"] = 1
+
+    with request_tearing_down.connected_to(tear_down, app.flask):
+        browser.run(lambda: session["view"])
+    functions.clear()
+    assert browser.run(lambda: dict(session)) == {"view": 1, "first": 1, "signal": 1}
 
 
 @pytest.mark.parametrize("view", [lambda: None, lambda: session.get("a"), lambda: session.update(b=[2])])
@@ -848,6 +885,95 @@ def test_a_commit_before_the_error_keeps_its_cookies(make_app: MakeApp) -> None:
     browser.run(view, status=413)
     assert list(browser.set_cookies) == ["session", "session_v"]
     assert browser.run(lambda: dict(session)) == {"a": 1}
+
+
+@pytest.mark.parametrize("rotates", [False, True])
+@pytest.mark.parametrize("fails", ["view and save", "view and commit", "after_request"])
+def test_a_commit_before_a_failure_keeps_its_cookies(
+    make_valkey_app: MakeApp, fails: str, rotates: bool
+) -> None:
+    """The page of an error that none of the app's handlers answers carries the id as well: nobody is logged out."""
+    app = make_valkey_app(PROPAGATE_EXCEPTIONS=False)
+    browser = app.browser()
+    if rotates:
+        browser.run(lambda: session.update(user="ada"))
+
+    def view() -> None:
+        session["a"] = 1
+        if rotates:
+            session.regenerate()  # type: ignore[attr-defined]
+        session.commit()  # type: ignore[attr-defined]
+        if fails == "after_request":
+            return
+        session["b"] = object()
+        if fails == "view and commit":
+            session.commit()  # type: ignore[attr-defined]
+        raise ValueError
+
+    def fail(_response: Response) -> Response:
+        raise ValueError
+
+    if fails == "after_request":
+        app.flask.after_request_funcs.setdefault(None, []).append(fail)
+    browser.run(view, status=500)
+    assert list(browser.set_cookies) == ["session", "session_v"]
+    assert browser.response is not None
+    assert len(browser.response.headers.getlist("Set-Cookie")) == 2
+    app.flask.after_request_funcs.clear()
+    assert browser.run(lambda: dict(session)) == {"a": 1} | ({"user": "ada"} if rotates else {})
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_after_request_sees_the_page_of_an_error(make_valkey_app: MakeApp, streamed: bool) -> None:
+    """What after_request functions add, headers for CORS say, is on the error's page too, as on each other one."""
+    app = make_valkey_app(SESSION_MAX_BYTES=50)
+    seen: list[int] = []
+
+    def allow(response: Response) -> Response:
+        seen.append(response.status_code)
+        response.headers["Access-Control-Allow-Origin"] = "*"
+        session["seen"] = "too late"
+        return response
+
+    app.flask.after_request(allow)
+    browser = app.browser()
+
+    def view() -> Response:
+        session["a"] = "x" * 100
+        return Response(iter(["a", "b"]) if streamed else "ab")
+
+    browser.run(view, status=413)
+    assert seen == [200, 413]
+    assert browser.response is not None
+    assert browser.response.headers["Access-Control-Allow-Origin"] == "*"
+    assert browser.response.headers.getlist("Vary") == ["Cookie"]
+    assert browser.set_cookies == {}
+    assert app.keys() == []
+
+
+def test_an_after_request_that_fails_on_the_page_of_an_error(make_valkey_app: MakeApp) -> None:
+    """Where it fails on the answer to an error met while saving, that is a 500, as in Flask."""
+    app = make_valkey_app(SESSION_MAX_BYTES=50, PROPAGATE_EXCEPTIONS=False)
+
+    def fail(response: Response) -> Response:
+        if response.status_code == 413:
+            raise ValueError
+        return response
+
+    app.flask.after_request(fail)
+    browser = app.browser()
+    browser.run(lambda: session.update(a="x" * 100), status=500)
+    assert browser.set_cookies == {}
+    assert app.keys() == []
+
+
+def test_process_response_takes_its_argument_by_name(make_valkey_app: MakeApp) -> None:
+    """As Flask's own does."""
+    app = make_valkey_app().flask
+    with app.test_request_context():
+        response = Response("x")
+        assert app.process_response(response=response) is response
+        assert app.process_response(response) is response
 
 
 @pytest.mark.parametrize("error", ["type", "conflict", "large"])

@@ -181,7 +181,9 @@ def test_a_session_in_no_use_ends(make_app: MakeApp, cache_ttl: float | None) ->
 
 @pytest.mark.parametrize("interval", [None, 60])
 @pytest.mark.parametrize("use", ["read", "write"])
-def test_a_short_lifetime_of_its_own_slides_too(make_app: MakeApp, interval: int | None, use: str) -> None:
+def test_a_lifetime_shorter_than_the_set_interval_slides(
+    make_app: MakeApp, interval: int | None, use: str
+) -> None:
     """In use a session lives on, also where its own lifetime is shorter than the interval that was set."""
     app = make_app(SESSION_TOUCH_INTERVAL=interval)
     browser = app.browser()

@@ -210,3 +210,43 @@ def test_a_log_out_over_many_rotations(app: TestApp, rotations: int, ends: bool)
     slow.run(log_out)
     assert bool(slow.set_cookies) is ends
     assert browser.run(lambda: session.get("a")) == (None if ends else 1)
+
+
+@pytest.mark.parametrize("also_clears", [False, True])
+@pytest.mark.parametrize("had_read", [False, True])
+def test_a_rotation_over_a_clear(make_app: MakeApp, had_read: bool, also_clears: bool) -> None:
+    """What was read before a log-out that cleared and rotated does not live on in a session of its own (G7).
+
+    A second log-in that has read nothing, or clears as well, brings nothing of it, and gets its own (G8).
+    """
+    app = make_app()
+    browser = app.browser()
+
+    def log_in() -> None:
+        session["user"], session["cart"] = "alice", [1]
+        session.principal = "alice"
+
+    browser.run(log_in)
+    other = browser.twin()
+
+    def log_out() -> None:
+        session.clear()
+        session.regenerate()
+        session["message"] = "bye"
+
+    def view() -> None:
+        if had_read:
+            assert session["user"] == "alice"
+        other.run(log_out)
+        if also_clears:
+            session.clear()
+        session.regenerate()
+        session["new"] = 1
+
+    browser.run(view)
+    if had_read and not also_clears:
+        assert browser.set_cookies == {}
+        assert app.stats()["discards"] == 1
+        return
+    assert browser.run(lambda: (dict(session), session.principal)) == ({"new": 1}, None)
+    assert other.run(lambda: dict(session)) == {"message": "bye"}

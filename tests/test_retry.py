@@ -103,6 +103,40 @@ def test_a_refresh_goes_with_no_conflict(make_app: MakeApp) -> None:
     assert browser.set_cookies == {}
 
 
+def test_one_decorated_view_in_another(app: TestApp) -> None:
+    """After the inner one the outer one still checks: what others have stored is not overwritten."""
+    browser = app.browser()
+    browser.run(lambda: session.update(hits=0))
+    view = Interfering(browser, 1)
+
+    @retry_on_conflict()
+    def inner() -> None:
+        session["inner"] = session.get("inner", 0) + 1
+
+    def outer() -> None:
+        inner()
+        view()
+
+    browser.run(retry_on_conflict()(outer))
+    assert view.runs == 2
+    assert browser.run(lambda: dict(session)) == {"hits": 2, "inner": 2}
+
+
+def test_what_the_page_of_a_conflict_sets(app: TestApp) -> None:
+    """A message that the app's handler flashes is stored, and nothing of what the view had changed."""
+    app.flask.register_error_handler(409, lambda _error: (flash("try again"), ("no", 409))[1])
+    browser = app.browser()
+    browser.run(lambda: session.update(hits=0))
+    view = Interfering(browser, 5)
+
+    def first_more() -> None:
+        session["more"] = 1
+        view()
+
+    browser.run(retry_on_conflict(attempts=2, backoff=0)(first_more), status=409)
+    assert browser.run(lambda: (get_flashed_messages(), dict(session))) == (["try again"], {"hits": 2})
+
+
 def test_an_async_view_runs_again(app: TestApp) -> None:
     """An async view is retried as a plain one, and stays async for Flask."""
     browser = app.browser()

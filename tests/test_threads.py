@@ -1,0 +1,221 @@
+"""Threads that share a request, by copy_current_request_context(): each change counts, once."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from flask import copy_current_request_context, session
+
+from luasession import SessionUnavailable, merge, session_created
+
+from .conftest import MakeApp, TestApp
+
+
+@contextmanager
+def meanwhile(app: TestApp, what: str, work: Callable[[], Any]) -> Iterator[None]:
+    """Do something in this thread's next commit or load, before it is sent or once it is answered.
+
+    :param what: the name of the store's method, and "before" or "after".
+    """
+    name, when = what.split()
+    store = app.flask.session_interface.store  # type: ignore[attr-defined]
+    original, mine, done = getattr(store, name), threading.current_thread(), []
+
+    def call(*args: Any, **named: Any) -> Any:
+        is_first = threading.current_thread() is mine and not done
+        if is_first:
+            done.append(True)
+        if is_first and when == "before":
+            work()
+        result = original(*args, **named)
+        if is_first and when == "after":
+            work()
+        return result
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store, name, call)
+        yield
+        assert done
+
+
+def thread(function: Callable[[], Any]) -> tuple[threading.Thread, threading.Event]:
+    """Return a thread in a copy of the request's context, and what it waits for before it runs and ends."""
+    go = threading.Event()
+
+    @copy_current_request_context
+    def run() -> None:
+        assert go.wait(10)
+        function()
+
+    started = threading.Thread(target=run)
+    started.start()
+    return started, go
+
+
+@pytest.mark.parametrize("policy", ["overwrite", "raise", merge.add])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_thread_that_ends_while_its_request_is_saved(
+    make_app: MakeApp, policy: Any, when: str, is_new: bool
+) -> None:
+    """The end of a copied context stores nothing that the request itself is just storing (G6)."""
+    app = make_app(SESSION_CONFLICT=policy)
+    created: list[str] = []
+    session_created.connect(lambda _app, handle, **_: created.append(handle), app.flask, weak=False)
+    browser = app.browser()
+    if not is_new:
+        browser.run(lambda: session.update(n=0))
+    patches: list[Any] = []
+
+    def view() -> None:
+        started, go = thread(lambda: None)
+
+        def end() -> None:
+            go.set()
+            # It waits for this thread, which is at it: time enough to go wrong, if it did not.
+            started.join(0.1)
+
+        session["n"] = session.get("n", 0) + 1
+        patches.append(meanwhile(app, f"commit {when}", end))
+        patches[0].__enter__()
+
+    browser.run(view)
+    patches[0].__exit__(None, None, None)
+    assert browser.run(lambda: (session["n"], session.version)) == (1, 1 if is_new else 2)
+    assert len(created) == 1
+
+
+def test_what_a_thread_changes_while_its_request_is_saved(make_app: MakeApp) -> None:
+    """What a thread sets when the delta of its request is already on its way is stored as its context ends."""
+    app = make_app()
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    patches: list[Any] = []
+    threads: list[threading.Thread] = []
+
+    def view() -> None:
+        started, go = thread(lambda: session.update(late=1))
+        threads.append(started)
+
+        def change() -> None:
+            go.set()
+            started.join(0.1)
+
+        session["b"] = 2
+        patches.append(meanwhile(app, "commit after", change))
+        patches[0].__enter__()
+
+    browser.run(view)
+    patches[0].__exit__(None, None, None)
+    threads[0].join(10)
+    assert browser.twin(app.another()).run(lambda: dict(session)) == {"a": 1, "b": 2, "late": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (lambda: session.update(n=2), {"n": 2, "gone": 1}),
+        (lambda: session.pop("n"), {"gone": 1}),
+        (lambda: session.update(gone=2), {"n": 1, "gone": 2}),
+    ],
+    ids=["set again", "deleted", "set, not deleted"],
+)
+def test_a_change_while_a_commit_is_on_its_way(
+    make_app: MakeApp, changes: Callable[[], Any], expected: dict[str, int]
+) -> None:
+    """What one thread changes while another one's commit is on its way is stored at the end."""
+    app = make_app()
+    browser = app.browser()
+    browser.run(lambda: session.update(gone=1))
+
+    def view() -> None:
+        started, go = thread(changes)
+        session["n"] = 1
+        if "gone" in expected and expected["gone"] == 2:
+            del session["gone"]
+        go_on = (go.set, lambda: started.join(0.1))
+        with meanwhile(app, "commit after", lambda: [step() for step in go_on]):
+            session.commit()
+        started.join(10)
+
+    browser.run(view)
+    assert browser.twin(app.another()).run(lambda: dict(session)) == expected
+
+
+def test_two_first_reads(make_app: MakeApp) -> None:
+    """Two threads that read first at the same time read one version (G4), and a conflict is found on it."""
+    app = make_app(SESSION_CONFLICT="raise", SESSION_CACHE_TTL=None)
+    browser = app.browser()
+    browser.run(lambda: session.update(n=1, u=1))
+    twin = browser.twin()
+    read: list[int] = []
+
+    def view() -> None:
+        started, go = thread(lambda: read.append(session["n"]))
+
+        def other() -> None:
+            # The other thread is answered first, and what this one is answered is newer.
+            go.set()
+            started.join(10)
+            twin.run(lambda: session.update(n=50))
+
+        with meanwhile(app, "load before", other):
+            session["n"] += 1
+        assert session["n"] == read[0] + 1
+
+    browser.run(view, status=409)
+    assert (read, browser.run(lambda: session["n"])) == ([1], 50)
+
+
+def test_a_thread_does_not_wait_for_ever(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit that waits for a thread which commits itself ends: the second one is told so, and the first goes on."""
+    app = make_app(SESSION_REDIS_DEADLINE=0.1)
+    monkeypatch.setattr("luasession.transaction._LONGEST_COMMIT", 0.1)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    told: list[str] = []
+
+    def commit() -> None:
+        try:
+            session.commit()
+        except SessionUnavailable as error:
+            told.append(str(error))
+
+    def view() -> None:
+        started, go = thread(commit)
+        session["b"] = 2
+        go_on = (go.set, lambda: started.join(10))
+        with meanwhile(app, "commit before", lambda: [step() for step in go_on]):
+            session.commit()
+
+    browser.run(view)
+    assert told == ["another thread of this request has been committing for too long"]
+    assert browser.run(lambda: (dict(session), session.version)) == ({"a": 1, "b": 2}, 2)
+
+
+def test_many_threads_of_many_requests(make_valkey_app: MakeApp) -> None:
+    """At random: a counter that merges counts each request once, whenever its thread ends."""
+    app = make_valkey_app(SESSION_MERGE={"hits": merge.add})
+    browser = app.browser()
+    browser.run(lambda: session.update(hits=0))
+    chance = random.Random(5)
+    threads: list[threading.Thread] = []
+
+    def view() -> None:
+        pause = chance.uniform(0, 0.0006)
+        started, go = thread(lambda: time.sleep(pause))
+        threads.append(started)
+        go.set()
+        session["hits"] += 1
+
+    for _ in range(150):
+        browser.run(view)
+    for each in threads:
+        each.join(10)
+    assert browser.run(lambda: session["hits"]) == 150
