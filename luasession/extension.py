@@ -55,7 +55,8 @@ def _answers_errors(app: Flask) -> Callable[..., Any]:
     """Return an app's ``process_response`` that answers what ``after_request`` functions meet in the session.
 
     Where Redis is down those that read the session, Flask-Login's is one, raise what the view has raised,
-    and Flask makes a 500 of whatever they raise, past the app's own handlers (G14).
+    and Flask makes a 500 of whatever they raise, past the app's own handlers (G14). Whatever else fails
+    there, the response carries what has been committed.
     """
     # Weakly: Flask promises that an app that nobody holds is freed.
     reference = weakref.ref(app)
@@ -82,13 +83,17 @@ def _answers_errors(app: Flask) -> Callable[..., Any]:
         try:
             return process(*context, answer)
         except LuaSessionError:  # as before: what comes after the function that reads the session is left out
-            app.session_interface.save_session(app, request_ctx._session, answer)  # noqa: SLF001 - as below
+            app.session_interface.save_session(app, _session(), answer)
             return answer
 
     return process_response
 
 
 def _carry_on(app: Flask, response: Response) -> None:
-    session = request_ctx._session  # noqa: SLF001 - the public name marks the session as accessed
+    session = _session()
     if isinstance(session, LuaSession) and isinstance(app.session_interface, LuaSessionInterface):
         app.session_interface.write_cookies(app, session, response)
+
+
+def _session() -> Any:
+    return request_ctx._session  # noqa: SLF001 - the public name marks the session as accessed
