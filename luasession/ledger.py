@@ -57,6 +57,8 @@ class Ledger:
     _own: tuple[bytes, ...] = ()
     _read_all = False
     _corrupt_keys: frozenset[str] = frozenset()
+    #: How many assignments there have been.
+    assignments = 0
     cleared = False
     #: Whether ``"overwrite"`` counts as ``"raise"``.
     strict = False
@@ -71,13 +73,11 @@ class Ledger:
         self._given: dict[str, Given] = {}
         # Those themselves, as the app may have put objects of its own in their place.
         self._handed_out: dict[str, Any] = {}
-        # Assigned by this request, with the ttl in milliseconds (0: none).
-        self._sets: dict[str, int] = {}
+        # Assigned by this request, with the ttl in milliseconds (0: none), and the number of the assignment.
+        self._sets: dict[str, tuple[int, int]] = {}
         self._deletes: set[str] = set()
         # Keys whose stored value, or absence, this request knows of.
         self._reads: set[str] = set()
-        # What the last delta has of the assigned ones: another thread may assign while it is on its way.
-        self._sent: dict[str, Any] = {}
         self._lock = Lock()
 
     def afresh(self) -> Ledger:
@@ -183,7 +183,8 @@ class Ledger:
         self._deletes.discard(key)
         self._given.pop(key, None)
         self._live[key] = value
-        self._sets[key] = ttl_ms
+        self.assignments += 1
+        self._sets[key] = ttl_ms, self.assignments
 
     def delete(self, key: str) -> None:
         """Delete a key.
@@ -212,10 +213,9 @@ class Ledger:
         :raise TypeError: if a value is of a type that cannot be stored; names the key.
         """
         sets: dict[bytes, Put] = {}
-        encode, live, reads, sent = self._values.encode, self._live, self._reads, self._sent
-        for key, ttl_ms in self._sets.items():
-            sent[key] = value = live[key]
-            raw = encode(key, value)
+        encode, live, reads = self._values.encode, self._live, self._reads
+        for key, (ttl_ms, _) in self._sets.items():
+            raw = encode(key, live[key])
             if key not in reads:
                 sets[field_name(key)] = Put(raw, _UNCHECKED, ttl_ms)
             elif ttl_ms or not self._is_stored(key, raw):
@@ -260,7 +260,7 @@ class Ledger:
 
     def is_default(self, key: str) -> bool:
         """Whether this request has set a key since it had found it missing, as ``setdefault`` does."""
-        if key not in self._sets or key not in self._reads or self._sets[key]:
+        if key not in self._sets or key not in self._reads or self._sets[key][0]:
             return False
         stored = self._snapshot and self._snapshot.value(field_name(key), self._now_ms)
         return stored is None and not self.cleared
@@ -287,8 +287,7 @@ class Ledger:
 
     def encoded(self, key: str) -> bytes:
         """Return the bytes of a key's value, as this request has it."""
-        self._sent[key] = value = self._live[key]
-        return self._values.encode(key, value)
+        return self._values.encode(key, self._live[key])
 
     def forget(self, key: str) -> None:
         """Undo what this request did to a key."""
@@ -356,7 +355,7 @@ class Ledger:
 
     # -- afterwards ---------------------------------------------------------
 
-    def settle(self, ours: Delta, sent: Delta, applied: Applied, *, created: bool) -> None:
+    def settle(self, ours: Delta, sent: Delta, applied: Applied, assignments: int, *, created: bool) -> None:
         """Go on after a commit: this request's own changes are now part of what it sees.
 
         Those of others are not, so that all that is read is still of one version. Values that were
@@ -364,6 +363,7 @@ class Ledger:
 
         :param ours: what this request changed.
         :param sent: what was applied: the same, or merged with what somebody else stored.
+        :param assignments: how many there had been when it was made; another thread may have gone on since.
         """
         self._advance(sent, applied, created=created)
         for name in sent.deletes:
@@ -376,8 +376,8 @@ class Ledger:
             if sent is not ours and put is not ours.sets.get(name):
                 self._take_over(key, put.value)
                 continue
-            if live.get(key) is self._sent.get(key):
-                self._sets.pop(key, None)
+            if key in self._sets and self._sets[key][1] <= assignments:
+                del self._sets[key]
             if key in live and not is_immutable(live[key]):
                 # No fingerprint: while the commit was on its way another thread may have changed the value.
                 given[key] = Given(put.value, None, self._end_of(name))

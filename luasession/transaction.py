@@ -56,6 +56,8 @@ class Transaction:
     # What was refused to a commit of the view's own, and what of it the view has not changed again since. The
     # exception has told that it is not stored.
     _refused: Delta | None = None
+    # How many assignments the delta has that is on its way.
+    _assignments = 0
 
     def __init__(self, visit: Visit, values: Values, policies: Policies) -> None:
         self.visit = visit
@@ -69,13 +71,17 @@ class Transaction:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        # Not for ever: a thread that holds it may be waiting for the one that wants it, in a receiver say.
-        if not self._lock.acquire(timeout=self.visit.config.redis_deadline + _LONGEST_COMMIT):
-            raise SessionUnavailable("another thread of this request has been committing for too long")
+        if not self._lock.acquire(blocking=False):
+            self._wait_for_others()
         try:
             yield
         finally:
             self._lock.release()
+
+    def _wait_for_others(self) -> None:
+        # Not for ever: a thread that holds it may be waiting for the one that wants it, in a receiver say.
+        if not self._lock.acquire(timeout=self.visit.config.redis_deadline + _LONGEST_COMMIT):
+            raise SessionUnavailable("another thread of this request has been committing for too long")
 
     def _start(self) -> None:
         self._refused = None
@@ -204,6 +210,7 @@ class Transaction:
             self.ledger.forget(key)
         elif self.ledger.is_pending(key):
             # This request's own change comes first, and is decided about as it would be anyway.
+            self._assignments = self.ledger.assignments
             self._finish(self._commit(self.ledger.delta_of(key)))
             self.ledger.forget(key)
         try:
@@ -222,6 +229,7 @@ class Transaction:
         def stored_on(given: Any, base: Pair | None, own: tuple[bytes, ...] = ()) -> Delta:
             found = given is not merge.MISSING
             self.ledger.set(key, function(given if found else default))
+            self._assignments = self.ledger.assignments
             raw = self.ledger.encoded(key)
             # What is missing has no end to keep: the one that has passed may still stand in the hash.
             put = Put(raw, Check.STRICT if base else Check.NONE, KEEP if found else 0)
@@ -276,18 +284,21 @@ class Transaction:
                     self._tell_discarded("unavailable")
             return
         visit.meanwhile = meanwhile
+        # By itself, and not by _alone(), which costs as much as ten lines of this.
+        if not self._lock.acquire(blocking=False):
+            self._wait_for_others()
         try:
-            with self._alone():
-                refused = self._apply()
-                if refused is not None:
-                    self._discard(refused)
-                elif (snapshot := self.ledger.loaded) is not None:
-                    visit.touch(snapshot)
+            refused = self._apply()
+            if refused is not None:
+                self._discard(refused)
+            elif (snapshot := self.ledger.loaded) is not None:
+                visit.touch(snapshot)
         except BaseException:
             visit.failed = self._told = True
             visit.withhold()
             raise
         finally:
+            self._lock.release()
             # The response goes out now: an id made later would never reach the browser.
             visit.close()
 
@@ -345,6 +356,7 @@ class Transaction:
         self.ledger.start_from(None)
 
     def _delta(self) -> Delta:
+        self._assignments = self.ledger.assignments
         delta = self.ledger.delta()
         if not self.changes:
             return self.ledger.guarded(delta)
@@ -453,8 +465,8 @@ class Transaction:
         created = applied.version == 1
         self.committed = True
         self.created = self.created or created
-        self.ledger.settle(ours, delta, applied, created=created)
-        self.visit.settled()
+        self.ledger.settle(ours, delta, applied, self._assignments, created=created)
+        self.visit.failed = False
         if created:
             self.changes.pop("rotation", None)  # its secret is new as it is
         if self.changes:

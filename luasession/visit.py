@@ -213,7 +213,7 @@ class Visit:
     def commit(self, delta: Delta) -> Applied | Conflicting | Refused:
         """Apply a delta, to a new session if there is none and the delta may start one.
 
-        What is applied has to be settled, by :meth:`settled`, before anything else is stored.
+        What was applied has to be settled before anything else can be stored: until then it is as a failure.
 
         :raise SessionTooLarge: if the session would outgrow ``SESSION_MAX_BYTES``.
         :raise SessionUnavailable: if Redis does not answer within the deadline.
@@ -382,10 +382,6 @@ class Visit:
         handle = self.presented_handle
         _log.warning("session %s: the value of %r does not decode: %s", handle, key, type(error).__name__)
         self.notify(signals.session_corrupt, handle=handle, key=key, error=error)
-
-    def settled(self) -> None:
-        """Take note that the outcome of the last commit is known to whoever made it."""
-        self.failed = False
 
     @property
     def others_know_better(self) -> bool:

@@ -404,9 +404,8 @@ def applied(delta: Delta, base: Snapshot | None, *, version: int, replaced: byte
 
 def settle(ledger: Ledger, *, version: int, replaced: bytes | None = None, created: bool = False) -> None:
     delta = ledger.delta()
-    ledger.settle(
-        delta, delta, applied(delta, ledger.loaded, version=version, replaced=replaced), created=created
-    )
+    outcome = applied(delta, ledger.loaded, version=version, replaced=replaced)
+    ledger.settle(delta, delta, outcome, ledger.assignments, created=created)
 
 
 def test_what_was_committed_is_no_change_any_more() -> None:
@@ -476,7 +475,8 @@ def test_what_was_merged_is_read_afresh() -> None:
     ledger.set("hits", ledger.get("hits") + 1)
     ours = ledger.delta()
     merged = resolved(ledger, ours, {b"hits": raw(5)})
-    ledger.settle(ours, merged, applied(merged, None, version=8, replaced=merged.base), created=False)
+    outcome = applied(merged, None, version=8, replaced=merged.base)
+    ledger.settle(ours, merged, outcome, ledger.assignments, created=False)
     assert ledger.get("hits") == 6
     assert not ledger.delta()
 
@@ -543,7 +543,7 @@ class AgainstADict(RuleBasedStateMachine):
         self.version += 1
         answer = applied(delta, self.stored, version=self.version)
         self.stored = delta.over(self.stored, answer.identity, answer.state, NOW_MS)
-        self.ledger.settle(delta, delta, answer, created=False)
+        self.ledger.settle(delta, delta, answer, self.ledger.assignments, created=False)
         self.ledger._source.snapshot = self.stored  # type: ignore[attr-defined]
         assert not self.ledger.delta()
 
