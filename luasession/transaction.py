@@ -275,19 +275,20 @@ class Transaction:
         """
         self._saved = True
         visit = self.visit
-        if visit.failed or not visit.used:
+        if not visit.used:
             visit.close()
+            return
+        # By itself, and not by _alone(), which costs as much as ten lines of this.
+        if not self._lock.acquire(blocking=False):
+            self._wait_for_others()
+        try:
             if visit.failed:
                 visit.withhold()
                 if not self._told and self._may_have_changed():
                     # It could not be read or stored, and whoever caught that error goes on. So it is told.
                     self._tell_discarded("unavailable")
-            return
-        visit.meanwhile = meanwhile
-        # By itself, and not by _alone(), which costs as much as ten lines of this.
-        if not self._lock.acquire(blocking=False):
-            self._wait_for_others()
-        try:
+                return
+            visit.meanwhile = meanwhile
             refused = self._apply()
             if refused is not None:
                 self._discard(refused)
@@ -304,10 +305,11 @@ class Transaction:
 
     def save_late(self) -> None:
         """Apply what was changed after :meth:`save`, while the response was sent (G15)."""
-        visit = self.visit
-        if not (visit.used and self._saved) or visit.failed or not self._may_have_changed():
+        if not (self.visit.used and self._saved and self._may_have_changed()):
             return
         with self._alone():  # it may be that what has changed is just being saved, by another thread
+            if self.visit.failed:
+                return
             if self.destroyed or self.ledger.changed() or (self.changes and self._delta()):
                 self.save()
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from flask import copy_current_request_context, session
+from flask import Response, copy_current_request_context, session, stream_with_context
 
 from luasession import SessionUnavailable, merge, session_created
 
@@ -115,6 +115,79 @@ def test_what_a_thread_changes_while_its_request_is_saved(make_app: MakeApp) -> 
     patches[0].__exit__(None, None, None)
     threads[0].join(10)
     assert browser.twin(app.another()).run(lambda: dict(session)) == {"a": 1, "b": 2, "late": 1}
+
+
+def test_a_request_that_is_saved_while_its_thread_commits(make_app: MakeApp) -> None:
+    """A commit of a thread that is on its way is waited for at the end of the request, and both are stored."""
+    app = make_app()
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    threads: list[threading.Thread] = []
+    store = app.flask.session_interface.store  # type: ignore[attr-defined]
+    original, sent = store.commit, threading.Event()
+
+    def slow(*args: Any, **named: Any) -> Any:
+        result = original(*args, **named)
+        if threading.current_thread() in threads and not sent.is_set():
+            sent.set()
+            time.sleep(0.1)  # until then the request has come to its end
+        return result
+
+    def commit() -> None:
+        session["b"] = 2
+        session.commit()
+
+    def view() -> None:
+        started, go = thread(commit)
+        threads.append(started)
+        go.set()
+        assert sent.wait(10)
+        session["c"] = 3
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store, "commit", slow)
+        browser.run(view)
+        threads[0].join(10)
+    assert browser.twin(app.another()).run(lambda: dict(session)) == {"a": 1, "b": 2, "c": 3}
+    assert app.stats()["discards"] == 0
+
+
+def test_a_stream_that_ends_while_its_thread_is_saved_late(make_app: MakeApp) -> None:
+    """What a streamed response changes last is stored though another thread's late changes are on their way."""
+    app = make_app()
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    threads: list[threading.Thread] = []
+    store = app.flask.session_interface.store  # type: ignore[attr-defined]
+    original, sent = store.commit, threading.Event()
+
+    def slow(*args: Any, **named: Any) -> Any:
+        result = original(*args, **named)
+        if threading.current_thread() in threads and not sent.is_set():
+            sent.set()
+            time.sleep(0.1)
+        return result
+
+    def view() -> Response:
+        started, go = thread(lambda: session.update(b=2))
+        threads.append(started)
+
+        def generate() -> Iterator[str]:
+            yield "begun,"
+            go.set()
+            assert sent.wait(10)
+            session["c"] = 3
+            yield "done"
+
+        return Response(stream_with_context(generate()))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store, "commit", slow)
+        browser.run(view)
+        assert browser.response is not None
+        assert browser.response.text == "begun,done"
+        threads[0].join(10)
+    assert browser.twin(app.another()).run(lambda: dict(session)) == {"a": 1, "b": 2, "c": 3}
 
 
 @pytest.mark.parametrize(
