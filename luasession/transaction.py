@@ -6,21 +6,18 @@ that takes the delta to the store: round by round where others changed the same 
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from . import merge, signals
-from .clock import now_ns
 from .conflicts import Conflict
 from .delta import KEEP, Change, Check, Delta, Put, Rotation
 from .errors import SessionConflict, SessionGone, SessionTooLarge, SessionUnavailable
 from .ledger import Ledger
 from .outcome import MISSING, STALE, Applied, Conflicting, Refused
+from .rounds import commit_again
 from .snapshot import Pair, field_name, session_key
 
 if TYPE_CHECKING:
@@ -30,10 +27,6 @@ if TYPE_CHECKING:
     from .values import Values
     from .visit import Visit
 
-# Merge rounds go on until the deadline, but never fewer than that.
-_ROUNDS = 64
-# Seconds, at most, before another round.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 # Seconds beyond the deadline after which another thread of the same request is waited for no longer.
 _LONGEST_COMMIT = 5.0
 
@@ -250,7 +243,7 @@ class Transaction:
         delta = stored_on(given, *position)
         result = self.visit.commit(delta)
         if isinstance(result, Conflicting):
-            delta, result = self._again(delta, result, again)
+            delta, result = commit_again(self.visit, delta, result, again)
         if isinstance(result, Refused):
             return result
         self._settle(delta, delta, result)
@@ -384,31 +377,6 @@ class Transaction:
             if changes.get(name) == value:
                 del changes[name]
 
-    def _again(
-        self, delta: Delta, conflicting: Conflicting, resolve: Callable[[Delta, Conflicting], Delta]
-    ) -> tuple[Delta, Applied | Refused]:
-        """Commit with what is made of a conflict, until there is none any more."""
-        started = now_ns()
-        longest = _FIRST_PAUSE
-        with self.visit.turn() as has_waited:
-            # What stood there a pause ago does not where many are at it: sent on top of it, a commit only
-            # learns what stands there now, and goes on at once.
-            is_fresh = not has_waited
-            for rounds in count(1):
-                delta = resolve(delta, conflicting)
-                self.visit.count("merges")
-                if rounds >= _ROUNDS and now_ns() - started > self.visit.config.redis_deadline * 1e9:
-                    raise SessionConflict([key for name in conflicting.current if (key := session_key(name))])
-                result = self.visit.commit(delta)
-                if not isinstance(result, Conflicting):
-                    return delta, result
-                conflicting = result
-                if is_fresh:
-                    time.sleep(random.uniform(0, longest))  # noqa: S311 - jitter, no secret
-                    longest = min(longest * 2, _LONGEST_PAUSE)
-                is_fresh = not is_fresh
-        raise AssertionError("unreachable")
-
     def _commit(self, ours: Delta) -> Refused | None:
         conflicts: dict[str, Conflict] = {}
         delta, result = ours, self.visit.commit(ours)
@@ -439,7 +407,7 @@ class Transaction:
             conflicts.update({conflict.key: conflict for conflict in found})
             return merged
 
-        return self._again(ours, conflicting, resolve)
+        return commit_again(self.visit, ours, conflicting, resolve)
 
     def _own_session(self, ours: Delta, refused: Refused) -> Refused | None:
         # The second click of a double log-in: a session of its own, cookie included (G8).

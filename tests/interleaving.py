@@ -31,7 +31,7 @@ from flask import session as flask_session
 from greenlet import getcurrent, greenlet
 from werkzeug.test import create_environ
 
-import luasession.transaction
+import luasession.rounds
 import luasession.turns
 from luasession import SessionGone, SessionUnavailable, merge
 from luasession.client import Patience
@@ -871,7 +871,7 @@ def every_order(scene: Scene) -> Iterator[Run]:
     order: list[int] = []
     while True:
         with (
-            patch.object(luasession.transaction, "time", unhurried),
+            patch.object(luasession.rounds, "time", unhurried),
             patch.object(luasession.turns, "_LONGEST_WAIT", 0),
         ):
             run = _play(scene, order)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from flask import session
 
-import luasession.transaction
+import luasession.rounds
 import luasession.turns
 from luasession import merge
 from luasession.turns import Turns
@@ -185,7 +185,7 @@ def test_what_has_just_been_told_is_built_on_at_once(
     app = make_valkey_app(SESSION_MERGE={"n": add})
     browser = app.browser()
     browser.run(lambda: session.update(n=0))
-    monkeypatch.setattr(luasession.transaction, "time", SimpleNamespace(sleep=pause))
+    monkeypatch.setattr(luasession.rounds, "time", SimpleNamespace(sleep=pause))
 
     def view() -> None:
         session["n"] += 1
