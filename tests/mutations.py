@@ -326,6 +326,27 @@ MUTATIONS = (
         ("test_g8_grace.py::test_after_the_grace_a_former_secret_is_none[valkey-9.1-destroy]",),
     ),
     Mutation(
+        "a rotation over a clear",
+        "commit",
+        "if code == 'stale' and base_version and cleared",
+        "if false and base_version and cleared",
+        ("test_g8_grace.py::test_a_rotation_over_a_clear[valkey-9.1-True-False]",),
+    ),
+    Mutation(
+        "a rotation over a clear, with a clear of its own",
+        "commit",
+        "if code == 'stale' and base_version and cleared and not clear and",
+        "if code == 'stale' and base_version and cleared and",
+        ("test_g8_grace.py::test_a_rotation_over_a_clear[valkey-9.1-True-True]",),
+    ),
+    Mutation(
+        "interval of a short lifetime",
+        "commit",
+        "(by_default and 20 or 2)",
+        "(by_default and 20 or 0.001)",
+        ("test_g13_expiry.py::test_a_lifetime_shorter_than_the_set_interval_slides[valkey-9.1-write-60]",),
+    ),
+    Mutation(
         "form of a stored lifetime",
         "commit",
         "if own_lifetime and (not own_lifetime:find('^[1-9]%d*$') or #own_lifetime > 14)",
