@@ -61,18 +61,6 @@ class Answer:
             self._attributes = self._read_attributes()
             self._end = _end_of_cookie(**self._attributes)
 
-    def replace(self, by: Response) -> None:
-        """Lay another response over this one, which is already on its way out."""
-        ours = self._response
-        close = getattr(ours.response, "close", None)
-        if close is not None:
-            by.call_on_close(close)
-        ours.response = by.response
-        ours.status = by.status
-        ours.headers = by.headers
-        ours.direct_passthrough = by.direct_passthrough
-        ours.call_on_close(by.close)
-
     def write(self, session: LuaSession) -> None:
         """Set the cookies that are due, and say on what the answer depends."""
         visit = visit_of(session)
@@ -92,6 +80,7 @@ class Answer:
                 headers.setlist("Set-Cookie", ours + others)
         if wrote or session.accessed:
             self._vary()
+        visit.carrier = self._response
 
     def _delete_cookies(self, visit: Visit, attributes: dict[str, Any]) -> None:
         name = visit.name

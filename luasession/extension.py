@@ -13,7 +13,7 @@ from . import login
 from .config import read_config
 from .errors import LuaSessionError
 from .interface import LuaSessionInterface
-from .session import LuaSession
+from .session import LuaSession, transaction_of
 from .sessions import Sessions
 from .store import Store
 
@@ -52,11 +52,12 @@ class Session:
 
 
 def _answers_errors(app: Flask) -> Callable[..., Any]:
-    """Return an app's ``process_response`` that answers what ``after_request`` functions meet in the session.
+    """Return an app's ``process_response`` that answers errors of the session by the app's handlers.
 
-    Where Redis is down those that read the session, Flask-Login's is one, raise what the view has raised,
-    and Flask makes a 500 of whatever they raise, past the app's own handlers (G14). Whatever else fails
-    there, the response carries what has been committed.
+    What saving it meets, and what ``after_request`` functions meet in it: where Redis is down those that
+    read the session, Flask-Login's is one, raise what the view has raised. Flask makes a 500 of whatever is
+    raised here, past the app's handlers (G14). The answer goes by the ``after_request`` functions as each
+    page of an error does. Whatever else fails here, the response carries what has been committed.
     """
     # Weakly: Flask promises that an app that nobody holds is freed.
     reference = weakref.ref(app)
@@ -71,22 +72,35 @@ def _answers_errors(app: Flask) -> Callable[..., Any]:
             *context, response = given
         process: Callable[..., Any] = theirs or partial(type(app).process_response, app)
         try:
-            try:
-                return process(*context, response)
-            except LuaSessionError as error:
-                answer = app.make_response(app.handle_user_exception(error))
-        except Exception:
-            # It may be the page of an error already, which Flask sends as it is.
-            _carry_on(app, response)
-            raise
+            return process(*context, response)
+        except Exception as error:  # noqa: BLE001 - what is not the session's is raised again
+            answer = _answer(app, error, response)
         response.close()
         try:
             return process(*context, answer)
-        except LuaSessionError:  # as before: what comes after the function that reads the session is left out
-            app.session_interface.save_session(app, _session(), answer)
+        except LuaSessionError:
+            # Once more: what comes after the function that reads the session is left out, and nothing more
+            # is stored.
+            transaction_of(_session()).give_up()
+            _carry_on(app, answer)
             return answer
 
     return process_response
+
+
+def _answer(app: Flask, error: Exception, response: Response) -> Response:
+    """Return what the app answers to an error, or raise it, or what its handler raises."""
+    session = _session()
+    try:
+        if not isinstance(session, LuaSession):
+            raise error
+        if not isinstance(error, LuaSessionError) and transaction_of(session).failure is not error:
+            raise error
+        return app.make_response(app.handle_user_exception(error))
+    except Exception:
+        # It may be the page of an error already, which Flask sends as it is.
+        _carry_on(app, response)
+        raise
 
 
 def _carry_on(app: Flask, response: Response) -> None:

@@ -7,8 +7,6 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from flask import current_app
-from flask.ctx import has_request_context
-from flask.globals import request_ctx
 from flask.sessions import SessionInterface
 from werkzeug.local import LocalProxy
 
@@ -59,7 +57,7 @@ class LuaSessionInterface(SessionInterface):
 
     Opening a session costs nothing and asks nobody. Saving applies the delta; an
     error that is met there becomes the response, by way of the app's error
-    handlers, and takes the place of what the view returned.
+    handlers (see :mod:`luasession.extension`), in the place of what the view returned.
 
     :param connect: called with the app at each request until it returns True.
     """
@@ -95,27 +93,20 @@ class LuaSessionInterface(SessionInterface):
         return session
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
-        """Apply the delta and write the cookies that follow from it."""
+        """Apply the delta and write the cookies that follow from it.
+
+        :raise Exception: whatever is met; the extension has the app answer it.
+        """
         if not isinstance(session, LuaSession):
             return
         answer = Answer(self, app, self._config, response)
-        try:
-            transaction_of(session).save(answer.prepare)
-        except Exception as error:
-            if not has_request_context() or request_ctx._session is not session:  # noqa: SLF001 - see below
-                # Not the session of a request that could be answered, but a test's own, by
-                # session_transaction(). (The public name of that attribute marks a session as accessed.)
-                raise
-            # Out of here an exception would pass by the app's handlers for its class. One that none of
-            # them answers is raised again, and Flask makes a 500 of it. What is answered goes by the
-            # after_request functions, as each page of an error does, and comes by here for its cookies.
-            answer.replace(app.process_response(app.make_response(app.handle_user_exception(error))))
-        else:
-            answer.write(session)
+        transaction_of(session).save(answer.prepare)
+        answer.write(session)
 
     def write_cookies(self, app: Flask, session: LuaSession, response: Response) -> None:
-        """Have a response carry what has been committed, and store nothing more."""
-        Answer(self, app, self._config, response).write(session)
+        """Have a response carry what has been committed, unless it does, and store nothing more."""
+        if visit_of(session).carrier is not response:
+            Answer(self, app, self._config, response).write(session)
 
     def errand(self, app: Flask, handle: str) -> LuaSession:
         """Return a session for work from outside of a request; see :meth:`luasession.Sessions.edit`."""

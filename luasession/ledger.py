@@ -57,8 +57,9 @@ class Ledger:
     _own: tuple[bytes, ...] = ()
     _read_all = False
     _corrupt_keys: frozenset[str] = frozenset()
-    #: How many assignments there have been.
+    #: How many assignments there have been, and clears; the number of the last clear.
     assignments = 0
+    _cleared_at = 0
     cleared = False
     #: Whether ``"overwrite"`` counts as ``"raise"``.
     strict = False
@@ -204,6 +205,8 @@ class Ledger:
         for part in (self._sets, self._given, self._live, self._deletes):
             part.clear()
         self.cleared = True
+        self.assignments += 1
+        self._cleared_at = self.assignments
 
     # -- the delta ----------------------------------------------------------
 
@@ -363,7 +366,8 @@ class Ledger:
 
         :param ours: what this request changed.
         :param sent: what was applied: the same, or merged with what somebody else stored.
-        :param assignments: how many there had been when it was made; another thread may have gone on since.
+        :param assignments: how many there had been when it was made: what another thread has assigned since
+            is not settled.
         """
         self._advance(sent, applied, created=created)
         for name in sent.deletes:
@@ -373,15 +377,16 @@ class Ledger:
         live, given = self._live, self._given
         for name, put in sent.sets.items():
             key = session_key(name) or ""
+            if key in self._sets and self._sets[key][1] > assignments:
+                continue
             if sent is not ours and put is not ours.sets.get(name):
                 self._take_over(key, put.value)
                 continue
-            if key in self._sets and self._sets[key][1] <= assignments:
-                del self._sets[key]
+            self._sets.pop(key, None)
             if key in live and not is_immutable(live[key]):
                 # No fingerprint: while the commit was on its way another thread may have changed the value.
                 given[key] = Given(put.value, None, self._end_of(name))
-        if sent.cleared:
+        if sent.cleared and self._cleared_at <= assignments:
             self.cleared = False
 
     def _advance(self, sent: Delta, applied: Applied, *, created: bool) -> None:

@@ -35,7 +35,7 @@ def retry_on_conflict(
     session is read afresh and the view runs again, each time on a newer snapshot. For plain views
     and for async ones. Inside, ``"overwrite"`` counts as ``"raise"``; a key with a merge function
     is merged, as ever. What was changed before the view, by ``before_request`` say, is committed
-    before its first run.
+    before its first run. Called by another decorated function it is part of that one's attempt.
 
     A view that is run twice must be fit for it: what it does beside the session (mail, databases,
     files, other services) it does again each time, so that must be harmless or come after. It must
@@ -108,14 +108,14 @@ class _Attempts:
         self._left = attempts
         self._pause = backoff
         self._flashes = request_ctx.flashes
-        self._was_strict = False
 
     def __enter__(self) -> Self:
-        with suppress(SessionGone):
-            self._session.commit()
-        ledger = transaction_of(self._session).ledger
-        # One decorated view may call another.
-        self._was_strict, ledger.strict = ledger.strict, True
+        # One decorated view may call another: then the outer one commits, and runs again, with all of it.
+        self._is_inner = transaction_of(self._session).ledger.strict
+        if not self._is_inner:
+            with suppress(SessionGone):
+                self._session.commit()
+            transaction_of(self._session).ledger.strict = True
         return self
 
     def __exit__(
@@ -124,10 +124,13 @@ class _Attempts:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        transaction_of(self._session).ledger.strict = self._was_strict
+        if not self._is_inner:
+            transaction_of(self._session).ledger.strict = False
 
     def committed(self) -> bool:
         """Commit, and tell whether that was it."""
+        if self._is_inner:
+            return True
         self._left -= 1
         try:
             self._session.commit()

@@ -43,6 +43,8 @@ class Transaction:
     created = False
     #: Whether the session ends at the next commit, before whatever else is changed.
     destroyed = False
+    #: What the saving of it has met, if anything.
+    failure: BaseException | None = None
     _saved = False
     # Whether an exception has told that nothing is stored.
     _told = False
@@ -51,6 +53,8 @@ class Transaction:
     _refused: Delta | None = None
     # How many assignments the delta has that is on its way.
     _assignments = 0
+    # How often the thread whose turn it is has begun.
+    _depth = 0
 
     def __init__(self, visit: Visit, values: Values, policies: Policies) -> None:
         self.visit = visit
@@ -61,20 +65,36 @@ class Transaction:
         # Threads that share the request, by copy_current_request_context(), commit one after the other: what
         # one of them has sent and not settled yet would be sent by another one as well (G6).
         self._lock = RLock()
+        self._untold: list[tuple[NamedSignal, dict[str, Any]]] = []
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            self._wait_for_others()
+        self._begin()
         try:
             yield
         finally:
-            self._lock.release()
+            self._end_turn()
 
-    def _wait_for_others(self) -> None:
-        # Not for ever: a thread that holds it may be waiting for the one that wants it, in a receiver say.
-        if not self._lock.acquire(timeout=self.visit.config.redis_deadline + _LONGEST_COMMIT):
+    def _begin(self) -> None:
+        # Not for ever: whoever is at it may be waiting for this thread, in a merge function say.
+        if not self._lock.acquire(blocking=False) and not self._lock.acquire(
+            timeout=self.visit.config.redis_deadline + _LONGEST_COMMIT
+        ):
             raise SessionUnavailable("another thread of this request has been committing for too long")
+        self._depth += 1
+
+    def _end_turn(self) -> None:
+        self._depth -= 1
+        is_last = self._depth == 0
+        self._lock.release()
+        # Afterwards, as an async receiver runs in another thread, and may commit as well.
+        while is_last and self._untold:
+            signal, about = self._untold.pop(0)
+            self.visit.notify(signal, **about)
+
+    def _tell(self, signal: NamedSignal, **about: Any) -> None:
+        if signal.receivers:
+            self._untold.append((signal, about))
 
     def _start(self) -> None:
         self._refused = None
@@ -162,7 +182,7 @@ class Transaction:
 
     def _must_not_have_failed(self) -> None:
         # What could not be read may be what the change was made from; what was sent may have been applied.
-        if self.visit.failed:
+        if self.visit.failed or self.visit.unsettled:
             raise SessionUnavailable("this request could not read or store the session before; reload() it")
 
     def reload(self) -> None:
@@ -171,7 +191,7 @@ class Transaction:
             snapshot = self.visit.reload()
             self.forget()
             self.ledger.start_from(snapshot)
-            self.visit.failed = False
+            self.visit.failed = self.visit.unsettled = False
 
     def forget(self) -> None:
         """Forget local changes; what is read next is read anew."""
@@ -268,40 +288,46 @@ class Transaction:
         """
         self._saved = True
         visit = self.visit
-        if not visit.used:
-            visit.close()
-            return
-        # By itself, and not by _alone(), which costs as much as ten lines of this.
-        if not self._lock.acquire(blocking=False):
-            self._wait_for_others()
         try:
-            if visit.failed:
-                visit.withhold()
-                if not self._told and self._may_have_changed():
-                    # It could not be read or stored, and whoever caught that error goes on. So it is told.
-                    self._tell_discarded("unavailable")
+            if not visit.used or (visit.failed and self._told):
                 return
-            visit.meanwhile = meanwhile
-            refused = self._apply()
-            if refused is not None:
-                self._discard(refused)
-            elif (snapshot := self.ledger.loaded) is not None:
-                visit.touch(snapshot)
-        except BaseException:
+            self._begin()
+            try:
+                if visit.failed or visit.unsettled:
+                    self._drop()
+                    return
+                visit.meanwhile = meanwhile
+                refused = self._apply()
+                if refused is not None:
+                    self._discard(refused)
+                elif (snapshot := self.ledger.loaded) is not None:
+                    visit.touch(snapshot)
+            finally:
+                self._end_turn()
+        except BaseException as error:
+            self.failure = error
             visit.failed = self._told = True
-            visit.withhold()
             raise
         finally:
-            self._lock.release()
+            if visit.failed:
+                visit.withhold()
             # The response goes out now: an id made later would never reach the browser.
             visit.close()
 
+    def _drop(self) -> None:
+        # It could not be read or stored, and whoever caught that error goes on. So it is told, once.
+        self.visit.failed = True
+        if not self._told and self._may_have_changed():
+            self._told = True
+            self._tell_discarded("unavailable")
+
     def save_late(self) -> None:
         """Apply what was changed after :meth:`save`, while the response was sent (G15)."""
-        if not (self.visit.used and self._saved and self._may_have_changed()):
+        visit = self.visit
+        if not (visit.used and self._saved and self._may_have_changed()):
             return
         with self._alone():  # it may be that what has changed is just being saved, by another thread
-            if self.visit.failed:
+            if visit.failed or visit.unsettled:
                 return
             if self.destroyed or self.ledger.changed() or (self.changes and self._delta()):
                 self.save()
@@ -339,7 +365,7 @@ class Transaction:
         if handle is not None:
             self.committed = True
         if self.visit.destroy():
-            self.visit.notify(signals.session_destroyed, handle=handle)
+            self._tell(signals.session_destroyed, handle=handle)
         self.destroyed = False
         if self.ledger.cleared:
             # What was set after the clear, a label say, is of the next session.
@@ -436,23 +462,24 @@ class Transaction:
         self.committed = True
         self.created = self.created or created
         self.ledger.settle(ours, delta, applied, self._assignments, created=created)
-        self.visit.failed = False
+        self.visit.unsettled = False
         if created:
             self.changes.pop("rotation", None)  # its secret is new as it is
         if self.changes:
+            # What another thread has changed meanwhile stays.
             self.changes = {
-                name: change for name, change in self.changes.items() if getattr(delta, name) is None
+                name: change for name, change in self.changes.items() if getattr(delta, name) is not change
             }
         signal: NamedSignal = signals.session_created if created else signals.session_committed
         if signal.receivers:
-            self.visit.notify(signal, handle=self.handle, version=applied.version)
+            self._tell(signal, handle=self.handle, version=applied.version)
         if delta.rotation and not created:
-            self.visit.notify(signals.session_rotated, handle=self.handle, version=applied.version)
+            self._tell(signals.session_rotated, handle=self.handle, version=applied.version)
 
     def _report(self, conflicts: Iterable[Conflict], *, refused: bool) -> None:
         for conflict in conflicts:
             self.visit.count("conflicts")
-            self.visit.notify(
+            self._tell(
                 signals.session_conflict,
                 handle=self.handle,
                 key=conflict.key,
@@ -470,4 +497,4 @@ class Transaction:
 
     def _tell_discarded(self, reason: str) -> None:
         self.visit.count("discards")
-        self.visit.notify(signals.session_discarded, handle=self.visit.presented_handle, reason=reason)
+        self._tell(signals.session_discarded, handle=self.visit.presented_handle, reason=reason)

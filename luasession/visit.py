@@ -81,11 +81,15 @@ class Visit:
     ended = False
     #: Whether this request has read or changed anything.
     used = False
+    #: The response that carries the cookies, when it does.
+    carrier: Any = None
     #: What can be done for the response while a commit is on its way, until :meth:`close`.
     meanwhile: Callable[[], None] | None = None
-    #: Whether it could not read what there is, or does not know what became of a commit: nothing of it is
-    #: stored any more, as nothing can be built on that.
+    #: Whether it could not read what there is: nothing of it is stored, as nothing can be built on that.
     failed = False
+    #: Whether a commit is on its way, or what came of it was not taken in. Where it was broken off, by a
+    #: killed greenlet say, it may have been applied: sent once more it would be another commit (G6).
+    unsettled = False
 
     def __init__(
         self,
@@ -145,17 +149,20 @@ class Visit:
     def _open(self) -> None:
         if self._cookies is None:
             return
-        header, self._cookies = self._cookies, None
+        header = self._cookies
         # Ids and hints need no unquoting, so three names are looked for and the rest is left unparsed. The
         # first of a name counts, as everywhere in Flask.
         found = dict(reversed(_cookies(self.name).findall(header)))
-        self._id = parse_session_id(found.get("", "").strip(), self.config.id_length)
-        if self._id is None:
+        session_id = parse_session_id(found.get("", "").strip(), self.config.id_length)
+        if self._cookies is None:
+            return  # another thread of the request was faster
+        self._id = session_id
+        if session_id is None:
             self.standing = MISSING
-            return
         if hint := _HINT(found.get("_v", "")):
             self._hint = int(hint[1])
         self._others_hint = "_o" in found
+        self._cookies = None
 
     def load(self) -> Snapshot | None:
         """Return the session as it is, None if it is not there for this request.
@@ -224,22 +231,21 @@ class Visit:
             return Refused(self.standing)
         if self._id is None or self.standing is MISSING:
             return self.create(delta)
+        caller = self.caller
         rotate_to = self._id.rotated(self.config.id_length) if delta.rotation else None
         offer = None if rotate_to or self.config.renew_after_ms is None else self._offer()
+        self.unsettled = True
         if delta.principal is not None:
             self._enter(self._id, delta.principal)
-        # Whatever breaks off before the outcome is taken in, a killed greenlet too, it may have been applied:
-        # sent once more, it would be another commit (G6).
-        self.failed = True
         self._sent = now_ns()
         try:
             result = self._store.commit(
-                self._id, delta, self.caller, rotate_to=rotate_to, offer=offer, meanwhile=self.meanwhile
+                self._id, delta, caller, rotate_to=rotate_to, offer=offer, meanwhile=self.meanwhile
             )
         except (SessionTooLarge, CorruptSession):
-            self.failed = False
+            self.unsettled = False
             raise
-        self.failed = isinstance(result, Applied)
+        self.unsettled = isinstance(result, Applied)
         if isinstance(result, Applied):
             self.standing = FORMER if result.former else LIVE
             if rotate_to:
@@ -270,18 +276,19 @@ class Visit:
         if delta.permanent is None:
             delta = delta._replace(permanent=self.config.permanent)
         session_id = new_session_id(self.config.id_length)
+        caller = self.caller
         self._hint = 0
         self._principal = None
+        self.unsettled = True
         if delta.principal is not None:
             self._enter(session_id, delta.principal)
-        self.failed = True  # as for commit()
         self._sent = now_ns()
         try:
-            result = self._store.commit(session_id, delta, self.caller, create=True, meanwhile=self.meanwhile)
+            result = self._store.commit(session_id, delta, caller, create=True, meanwhile=self.meanwhile)
         except (SessionTooLarge, CorruptSession):
-            self.failed = False
+            self.unsettled = False
             raise
-        self.failed = isinstance(result, Applied)
+        self.unsettled = isinstance(result, Applied)
         if not isinstance(result, Applied):
             # Nobody else knows the handle, save who found it in its principal's index and ended it there.
             self.standing = GONE
@@ -322,8 +329,9 @@ class Visit:
         principal = change.value
         handle = session_id.handle
         if principal is not None and not self._has_entered(principal, handle):
-            self._entered = (principal, handle, now_ns())
+            entered = (principal, handle, now_ns())
             self._store.enter(principal, handle, self.caller)
+            self._entered = entered
 
     def _has_entered(self, principal: str, handle: str) -> bool:
         # By its age an entry is known to be of a log-in under way; an old one may have been taken out.

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ from luasession import (
 from luasession.connections import Connections
 
 from .conftest import MakeApp, TestApp
+from .servers import Server
 from .test_g15_late_writes import streamed
 
 # -- session_transaction and request contexts ---------------------------------------------------------------
@@ -965,6 +967,61 @@ def test_an_after_request_that_fails_on_the_page_of_an_error(make_valkey_app: Ma
     browser.run(lambda: session.update(a="x" * 100), status=500)
     assert browser.set_cookies == {}
     assert app.keys() == []
+
+
+@pytest.mark.parametrize("how", ["subclass", "wrapped before", "wrapped after"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_response_of_the_apps_own(valkey: Server, how: str, fails: bool) -> None:
+    """What an app does around it is done once to what is sent, and whatever fails there, cookies go once."""
+
+    class Mine(Flask):
+        def process_response(self, response: Response) -> Response:  # type: ignore[override]
+            return around(super().process_response, response)
+
+    def around(process: Callable[[Response], Any], response: Response) -> Response:
+        answer: Response = process(response)
+        answer.headers.add("X-Mine", "1")
+        if fails and answer.status_code == 200:
+            raise ValueError
+        return answer
+
+    app = (Mine if how == "subclass" else Flask)("mine")
+    app.config.update(SESSION_REDIS_URL=valkey.url, SESSION_KEY_PREFIX=f"{how}{fails}:", SESSION_MAX_BYTES=50)
+    for when in ("wrapped before", "wrapped after"):
+        if how == when:
+            app.process_response = partial(around, app.process_response)  # type: ignore[method-assign]
+        if when == "wrapped before":
+            Session(app)
+
+    @app.route("/<int:size>")
+    def view(size: int) -> str:
+        session["a"] = "x" * size
+        return "x"
+
+    client = app.test_client()
+    answer = client.get("/1")
+    names = [header.partition("=")[0] for header in answer.headers.getlist("Set-Cookie")]
+    assert answer.status_code == (500 if fails else 200)
+    # One that fails around ours is none of ours, and Flask's page for it comes by here anew.
+    assert names == ["session", "session_v"]
+    answer = client.get("/100")
+    assert answer.status_code == 413
+    assert answer.headers.getlist("X-Mine") == ["1"]
+    assert answer.headers.getlist("Set-Cookie") == []
+
+
+def test_a_handler_that_raises_the_error_again(make_valkey_app: MakeApp) -> None:
+    """It is asked once, and what it raises is a 500, as in Flask."""
+    app = make_valkey_app(SESSION_MAX_BYTES=50, PROPAGATE_EXCEPTIONS=False)
+    asked: list[Exception] = []
+
+    def again(error: SessionTooLarge) -> Response:
+        asked.append(error)
+        raise error
+
+    app.flask.register_error_handler(SessionTooLarge, again)
+    app.browser().run(lambda: session.update(a="x" * 100), status=500)
+    assert len(asked) == 1
 
 
 def test_process_response_takes_its_argument_by_name(make_valkey_app: MakeApp) -> None:

@@ -18,6 +18,7 @@ from luasession import (
     SessionUnavailable,
     merge,
     retry_on_conflict,
+    session_committed,
     session_created,
     session_discarded,
 )
@@ -186,6 +187,24 @@ def test_an_update_that_breaks_off(make_app: MakeApp, breaks: str) -> None:
 
     browser.run(view)
     assert browser.twin(app.another()).run(lambda: session["n"]) == 4
+
+
+def test_an_update_whose_receiver_fails(make_app: MakeApp) -> None:
+    """What was stored is not undone by a receiver that fails: not by the default that it was set over either."""
+    app = make_app(PROPAGATE_EXCEPTIONS=False)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+
+    def fail(_app: Any, **_: Any) -> None:
+        raise RuntimeError
+
+    def view() -> None:
+        session.setdefault("n", 0)
+        with session_committed.connected_to(fail, app.flask), suppress(RuntimeError):
+            session.atomic_update("n", lambda n: n + 1)
+
+    browser.run(view)
+    assert browser.twin(app.another()).run(lambda: session["n"]) == 1
 
 
 @pytest.mark.parametrize("how", ["commit", "atomic_update"])

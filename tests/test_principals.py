@@ -14,7 +14,15 @@ import pytest
 from flask import session
 from greenlet import getcurrent, greenlet
 
-from luasession import SessionGone, SessionInfo, Sessions, merge, session_destroyed, session_discarded
+from luasession import (
+    SessionGone,
+    SessionInfo,
+    Sessions,
+    SessionUnavailable,
+    merge,
+    session_destroyed,
+    session_discarded,
+)
 from luasession.client import Client
 
 from .conftest import Browser, MakeApp, TestApp
@@ -218,6 +226,29 @@ def test_one_more_command_at_log_in_and_log_out(app: TestApp) -> None:
     with app.server.counting() as commands:
         browser.run(lambda: (session["visits"], session.destroy()))
     assert commands.names == ["EVALSHA"] * 2
+
+
+@pytest.mark.parametrize("caught", [False, True])
+def test_a_log_in_that_is_not_in_the_index_is_none(app: TestApp, caught: bool) -> None:
+    """Where the index cannot be written nobody is logged in: "log out everywhere" would not find him."""
+    browser = app.browser()
+    assert app.server is not None
+    with app.server.client() as client:
+        client.set(index_key(app), "something else")
+
+        def view() -> None:
+            session["user"] = "ada"
+            session.principal = "ada"
+            if caught:
+                with pytest.raises(SessionUnavailable):
+                    session.commit()
+            else:
+                session.commit()
+
+        browser.run(view, status=200 if caught else 503)
+        client.delete(index_key(app))
+    assert browser.set_cookies == {}
+    assert app.keys() == []
 
 
 def test_entries_of_sessions_that_expired_go_at_a_log_in(app: TestApp) -> None:

@@ -103,8 +103,9 @@ def test_a_refresh_goes_with_no_conflict(make_app: MakeApp) -> None:
     assert browser.set_cookies == {}
 
 
-def test_one_decorated_view_in_another(app: TestApp) -> None:
-    """After the inner one the outer one still checks: what others have stored is not overwritten."""
+@pytest.mark.parametrize("inner_first", [False, True])
+def test_one_decorated_view_in_another(app: TestApp, inner_first: bool) -> None:
+    """Both are one attempt: committed once, and run again together when somebody came between."""
     browser = app.browser()
     browser.run(lambda: session.update(hits=0))
     view = Interfering(browser, 1)
@@ -114,12 +115,15 @@ def test_one_decorated_view_in_another(app: TestApp) -> None:
         session["inner"] = session.get("inner", 0) + 1
 
     def outer() -> None:
-        inner()
+        if inner_first:
+            inner()
         view()
+        if not inner_first:
+            inner()
 
     browser.run(retry_on_conflict()(outer))
     assert view.runs == 2
-    assert browser.run(lambda: dict(session)) == {"hits": 2, "inner": 2}
+    assert browser.run(lambda: (dict(session), session.version)) == ({"hits": 2, "inner": 1}, 3)
 
 
 def test_what_the_page_of_a_conflict_sets(app: TestApp) -> None:

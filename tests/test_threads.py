@@ -221,6 +221,191 @@ def test_a_change_while_a_commit_is_on_its_way(
     assert browser.twin(app.another()).run(lambda: dict(session)) == expected
 
 
+@pytest.mark.parametrize(
+    ("first", "changes", "expected"),
+    [
+        (lambda: setattr(session, "principal", "ada"), lambda: setattr(session, "principal", None), None),
+        (lambda: setattr(session, "label", "old"), lambda: setattr(session, "label", "new"), "new"),
+        (lambda: session.clear(), lambda: session.clear(), None),
+    ],
+    ids=["principal", "label", "clear"],
+)
+def test_what_is_not_a_key_while_a_commit_is_on_its_way(
+    make_app: MakeApp, first: Callable[[], Any], changes: Callable[[], Any], expected: str | None
+) -> None:
+    """What one thread changes beside the keys while another one's commit is on its way is stored at the end."""
+    app = make_app()
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+
+    def view() -> None:
+        started, go = thread(changes)
+        first()
+        session["b"] = 2
+        go_on = (go.set, lambda: started.join(0.1))
+        with meanwhile(app, "commit after", lambda: [step() for step in go_on]):
+            session.commit()
+        started.join(10)
+
+    browser.run(view)
+    seen = browser.twin(app.another()).run(lambda: (session.principal or session.label, sorted(session)))
+    assert seen == (expected, [] if "clear" in first.__code__.co_names else ["a", "b"])
+
+
+@pytest.mark.parametrize("ttl", [None, 0.3])
+def test_a_list_set_while_a_commit_is_on_its_way(make_app: MakeApp, ttl: float | None) -> None:
+    """A mutable value that is set meanwhile has the end that it was set with, and no other."""
+    app = make_app()
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+
+    def view() -> None:
+        started, go = thread(lambda: session.set("k", [2], ttl))
+        session.set("k", [1], None if ttl else 0.3)
+        go_on = (go.set, lambda: started.join(0.1))
+        with meanwhile(app, "commit after", lambda: [step() for step in go_on]):
+            session.commit()
+        started.join(10)
+
+    browser.run(view)
+    assert browser.twin(app.another()).run(lambda: session.get("k")) == [2]
+    time.sleep(0.35)
+    assert browser.twin(app.another()).run(lambda: session.get("k")) == (None if ttl else [2])
+
+
+def test_a_change_while_a_merge_is_on_its_way(make_app: MakeApp) -> None:
+    """What is set while a merged value is being stored takes its place in the end."""
+    app = make_app(SESSION_MERGE={"n": merge.add})
+    browser = app.browser()
+    browser.run(lambda: session.update(n=0))
+    twin = browser.twin()
+
+    def view() -> None:
+        started, go = thread(lambda: session.update(n=100))
+        session["n"] += 1
+        twin.run(lambda: session.update(n=10))
+
+        def other() -> None:
+            go.set()
+            started.join(0.1)
+
+        store = app.flask.session_interface.store  # type: ignore[attr-defined]
+        original, calls = store.commit, []
+
+        def call(*args: Any, **named: Any) -> Any:
+            result = original(*args, **named)
+            calls.append(result)
+            if len(calls) == 2:
+                other()
+            return result
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(store, "commit", call)
+            session.commit()
+            started.join(10)
+        assert len(calls) == 2
+
+    browser.run(view)
+    assert browser.twin(app.another()).run(lambda: session["n"]) == 100
+
+
+def test_a_thread_whose_merge_breaks_off(make_app: MakeApp) -> None:
+    """A request that waited for a thread whose commit then broke off does not send the same once more (G6)."""
+    app = make_app(SESSION_MERGE={"n": merge.add})
+    browser = app.browser()
+    browser.run(lambda: session.update(n=0))
+    twin = browser.twin()
+    store = app.flask.session_interface.store  # type: ignore[attr-defined]
+    original, between, threads = store.commit, threading.Event(), []
+
+    def call(*args: Any, **named: Any) -> Any:
+        if threading.current_thread() not in threads:
+            return original(*args, **named)
+        if between.is_set():
+            original(*args, **named)
+            raise SessionUnavailable("the reply is lost")
+        result = original(*args, **named)
+        between.set()
+        time.sleep(0.1)  # until then the request has come to its end, and waits
+        return result
+
+    def commit() -> None:
+        with pytest.raises(SessionUnavailable):
+            session.commit()
+
+    def view() -> None:
+        session["n"] += 1
+        twin.run(lambda: session.update(n=10))
+        started, go = thread(commit)
+        threads.append(started)
+        go.set()
+        assert between.wait(10)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store, "commit", call)
+        browser.run(view)
+        threads[0].join(10)
+    assert browser.twin(app.another()).run(lambda: (session["n"], session.version)) == (11, 3)
+
+
+def test_the_end_of_a_request_does_not_wait_for_ever(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a thread is at it for too long the request is answered 503, once, and stores nothing."""
+    app = make_app(SESSION_REDIS_DEADLINE=0.1)
+    monkeypatch.setattr("luasession.transaction._LONGEST_COMMIT", 0.1)
+    seen: list[int] = []
+
+    def look(response: Response) -> Response:
+        seen.append(response.status_code)
+        return response
+
+    app.flask.after_request(look)
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1, n=0))
+    seen.clear()
+    begun, done = threading.Event(), threading.Event()
+    threads: list[threading.Thread] = []
+
+    def slow(n: int) -> int:
+        begun.set()
+        assert done.wait(10)
+        return n + 1
+
+    def view() -> None:
+        started, go = thread(lambda: session.atomic_update("n", slow))
+        threads.append(started)
+        go.set()
+        assert begun.wait(10)
+        session["b"] = 2
+
+    browser.run(view, status=503)
+    done.set()
+    threads[0].join(10)
+    assert seen == [200, 503]
+    assert browser.twin(app.another()).run(lambda: dict(session)) == {"a": 1, "n": 1}
+
+
+@pytest.mark.parametrize("how", ["commit", "reload", "atomic_update"])
+def test_an_async_receiver_commits(make_valkey_app: MakeApp, how: str) -> None:
+    """An async receiver of a signal, which runs in another thread, may use the session in every way."""
+    app = make_valkey_app()
+
+    async def receive(_app: Any, **_: Any) -> None:
+        if how == "commit":
+            session["more"] = 1
+            session.commit()
+        elif how == "reload":
+            session.reload()
+        else:
+            session.atomic_update("more", lambda _: 1)
+
+    browser = app.browser()
+    with session_created.connected_to(receive, app.flask):
+        browser.run(lambda: session.update(a=1))
+    assert browser.run(lambda: dict(session)) == {"a": 1} | ({} if how == "reload" else {"more": 1})
+
+
 def test_two_first_reads(make_app: MakeApp) -> None:
     """Two threads that read first at the same time read one version (G4), and a conflict is found on it."""
     app = make_app(SESSION_CONFLICT="raise", SESSION_CACHE_TTL=None)
