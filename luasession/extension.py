@@ -94,7 +94,7 @@ def _answer(app: Flask, error: Exception, response: Response) -> Response:
     try:
         if not isinstance(session, LuaSession):
             raise error
-        if not isinstance(error, LuaSessionError) and transaction_of(session).failure is not error:
+        if not isinstance(error, LuaSessionError) and transaction_of(session).failure != id(error):
             raise error
         return app.make_response(app.handle_user_exception(error))
     except Exception:

@@ -43,8 +43,8 @@ class Transaction:
     created = False
     #: Whether the session ends at the next commit, before whatever else is changed.
     destroyed = False
-    #: What the saving of it has met, if anything.
-    failure: BaseException | None = None
+    #: The identity of the error that saving it has met, 0 for none; the error itself would keep all of this.
+    failure = 0
     _saved = False
     # Whether an exception has told that nothing is stored.
     _told = False
@@ -305,7 +305,7 @@ class Transaction:
             finally:
                 self._end_turn()
         except BaseException as error:
-            self.failure = error
+            self.failure = id(error)
             visit.failed = self._told = True
             raise
         finally:

@@ -499,7 +499,7 @@ class Run:
             except LuaSessionError as error:
                 request.raised = True
                 response = app.make_response(app.handle_user_exception(error))
-            app.session_interface.save_session(app, session, response)
+            response = app.process_response(response)
         request.status = response.status_code
         request.cookies = response.headers.getlist("Set-Cookie")
         self.row(request, f"is answered {request.status}" + (", discarded" if request.discarded else ""))
