@@ -72,7 +72,7 @@ class Answer:
             attributes = self._attributes or self._read_attributes()
             if visit.ended:
                 self._delete_cookies(visit, attributes)
-            elif visit.id is not None:
+            else:
                 self._set_cookies(session, visit, attributes)
             if others:
                 # Ours first: whatever cuts a long list of headers off, it is not the session id.
