@@ -168,6 +168,8 @@ def connect(config: Config, name: str, greet: Callable[[Connections], None] | No
     :raise ConfigurationError: if the kind of client or URL is not one that works here.
     """
     seconds = config.redis_timeout
+    # A client of the app's own may wait for a hung server for longer than a request is to wait for Redis.
+    at_most = max(config.redis_deadline, seconds + config.wait_timeout_ms / 1000)
     ready = config.redis
     if ready is None and is_location(config.redis_url):
         where = read_location(config.redis_url, "SESSION_REDIS_URL")
@@ -180,9 +182,11 @@ def connect(config: Config, name: str, greet: Callable[[Connections], None] | No
             where.service
         )
     if ready is None:
-        return Client(Connections(Recipe.of(_pool_of(config, name)), seconds), greet)
+        url, revive = _served(config, name)
+        ours = redis.ConnectionPool.from_url(url, **_settings(config))
+        return Client(Connections(Recipe.of(ours), seconds, revive), greet)
     if hasattr(ready, "nodes_manager"):
-        return Client(_cluster_of(ready, seconds), greet)
+        return Client(_cluster_of(ready, seconds, at_most), greet)
     pool = getattr(ready, "connection_pool", None)
     if pool is None:
         raise ConfigurationError(
@@ -190,8 +194,8 @@ def connect(config: Config, name: str, greet: Callable[[Connections], None] | No
             " a Sentinel's master_for(), or valkey-py's like"
         )
     if hasattr(pool, "sentinel_manager"):
-        return Client(_sentinels_of(pool, seconds), greet)
-    return Client(Connections(Recipe.of(pool), seconds), greet)
+        return Client(_sentinels_of(pool, seconds, at_most), greet)
+    return Client(Connections(Recipe.of(pool, at_most), seconds), greet)
 
 
 class _Fixed(NamedTuple):
@@ -206,10 +210,10 @@ class _Fixed(NamedTuple):
         return self.address
 
 
-def _sentinels_of(pool: Any, seconds: float) -> Sentinels:
+def _sentinels_of(pool: Any, seconds: float, at_most: float) -> Sentinels:
     if not pool.is_master:
         raise ConfigurationError("SESSION_REDIS is a Sentinel's slave_for(); expected its master_for()")
-    recipe, manager = Recipe.of(pool), pool.sentinel_manager
+    recipe, manager = Recipe.of(pool, at_most), pool.sentinel_manager
     is_valkey = any(kind.__module__.startswith("valkey.") for kind in pool.connection_class.__mro__)
     hook = "valkey_connect_func" if is_valkey else "redis_connect_func"
 
@@ -224,7 +228,7 @@ def _sentinels_of(pool: Any, seconds: float) -> Sentinels:
         }
         return Connections(at._replace(settings=settings), seconds)
 
-    sentinels = [Connections(Recipe.of(each.connection_pool), seconds) for each in manager.sentinels]
+    sentinels = [Connections(Recipe.of(each.connection_pool, at_most), seconds) for each in manager.sentinels]
     return Sentinels(sentinels, pool.service_name, primary, manager.min_other_sentinels, seconds)
 
 
@@ -259,12 +263,12 @@ def _cluster_at(where: Location, settings: dict[str, Any], seconds: float) -> Cl
     )
 
 
-def _cluster_of(client: Any, seconds: float) -> Cluster:
+def _cluster_of(client: Any, seconds: float, at_most: float) -> Cluster:
     manager = client.nodes_manager
     nodes = [*manager.nodes_cache.values(), *manager.startup_nodes.values()]
     make = getattr(manager, "create_redis_node", None) or manager.create_valkey_node
     with make(nodes[0].host, nodes[0].port, **manager.connection_kwargs) as one:
-        recipe = Recipe.of(one.connection_pool)
+        recipe = Recipe.of(one.connection_pool, at_most)
     # Its hook makes a connection read from replicas, which would answer what is old. What the app itself
     # hooked in stays.
     hook = "valkey_connect_func" if "valkey_connect_func" in recipe.settings else "redis_connect_func"
@@ -298,11 +302,13 @@ def _settings(config: Config) -> dict[str, Any]:
     return options
 
 
-def _pool_of(config: Config, name: str) -> redis.ConnectionPool:
+def _served(config: Config, name: str) -> tuple[str, Callable[[], object] | None]:
+    """Return a URL that redis-py understands, and what starts the server there once more, if that is ours."""
     url = config.redis_url
     scheme, _, rest = url.partition("://")
     if scheme == "embedded":
-        url = "unix://" + quote(embedded.start(embedded.directory_from(rest), name=name))
-    elif scheme in {"valkey", "valkeys"}:
+        start = partial(embedded.start, embedded.directory_from(rest), name=name)
+        return "unix://" + quote(start()), start
+    if scheme in {"valkey", "valkeys"}:
         url = ("rediss://" if scheme == "valkeys" else "redis://") + rest
-    return redis.ConnectionPool.from_url(url, **_settings(config))
+    return url, None

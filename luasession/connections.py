@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import redis
@@ -31,9 +31,16 @@ class Recipe(NamedTuple):
     bound: int
 
     @classmethod
-    def of(cls, pool: Any) -> Recipe:
-        """Return a pool's, without its retries."""
+    def of(cls, pool: Any, at_most: float | None = None) -> Recipe:
+        """Return a pool's, without its retries.
+
+        :param at_most: seconds that one call may take where the pool allows for more; None: as long as there.
+        """
         settings: dict[str, Any] = dict(pool.connection_kwargs)
+        if at_most is not None:
+            settings.setdefault("socket_timeout", None)
+            for name in settings.keys() & {"socket_timeout", "socket_connect_timeout"}:
+                settings[name] = at_most if settings[name] is None else min(settings[name], at_most)
         retry = settings.get("retry")
         if retry is not None:
             retry = type(retry)(NoBackoff(), 0)
@@ -64,16 +71,19 @@ class Connections:
     :param recipe: how one is made; not by the pool itself, which counts what it
         has ever made, and at a hundred makes no more.
     :param seconds: how long to wait for a free one.
+    :param revive: starts a server of our own anew, should it have died.
     """
 
-    def __init__(self, recipe: Recipe, seconds: float) -> None:
+    def __init__(self, recipe: Recipe, seconds: float, revive: Callable[[], object] | None = None) -> None:
         self._recipe = recipe
         self._seconds = seconds
+        self._revive = revive
         self._idle: deque[Any] = deque()
         # Freed with its app it closes what it holds: sockets left to the garbage collector warn.
         weakref.finalize(self, _disconnect, self._idle)
-        # A queue and no semaphore: a greenlet that is killed inside of release() would keep its slot.
-        self._slots: SimpleQueue[None] = SimpleQueue()
+        # A queue and no semaphore: a greenlet that is killed inside of release() would keep its slot. By the
+        # module's name, as gevent may put its own kind there after this was imported.
+        self._slots: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(recipe.bound):
             self._slots.put(None)
         #: Whether the scripts were loaded here, or this was tried.
@@ -119,7 +129,7 @@ class Connections:
         """Return one that is connected."""
         try:
             self._slots.get(timeout=self._seconds)
-        except Empty:
+        except queue.Empty:
             raise redis.ConnectionError(f"no connection became free within {self._seconds} s") from None
         try:
             return self._idle.pop()
@@ -127,7 +137,13 @@ class Connections:
             pass
         try:
             connection = self._recipe.kind(**self._recipe.settings)
-            connection.connect()
+            try:
+                connection.connect()
+            except Exception as error:
+                if self._revive is None or not is_a(error, "ConnectionError"):
+                    raise
+                self._revive()
+                connection.connect()
         except BaseException:
             self._slots.put(None)
             raise

@@ -156,8 +156,10 @@ def run(*, port: int, requests: int, once: bool) -> int:
             probe.bind((_HOST, port))
         except OSError as error:
             raise OSError(f"port {port} is not free ({error.strerror}); choose another with --port") from None
-    # Stopped from outside it cleans up as after Ctrl-C: the web server is a process group of its own.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # Stopped from outside, or its terminal closed, it cleans up as after Ctrl-C: the web server is a process
+    # group of its own.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     keys = [f"key{number}" for number in range(1, requests + 1)]
     with tempfile.TemporaryDirectory(prefix="luasession-demo-") as folder:
         directory = Path(folder)

@@ -98,6 +98,9 @@ class Sentinels:
             return self._find()
         except Nowhere:
             return last[1]
+        except BaseException:
+            self._due = 0.0  # a greenlet that is killed while it asks leaves that to the next one
+            raise
 
     def known(self, _key: bytes) -> Connections | None:
         """Return the connections to the primary, if it was found before."""

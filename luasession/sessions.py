@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .session import LuaSession
     from .snapshot import Snapshot
 
+# Entries that are taken out of an index at once.
+_AT_ONCE = 100
+
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
@@ -120,6 +123,10 @@ class Sessions:
                 count += 1
                 self._ended(entry.handle)
             done.append(entry.handle)
+            if len(done) == _AT_ONCE:
+                # Whoever is cut off on the way need not begin anew.
+                self._store.index.leave(principal, done, caller)
+                done = []
         self._store.index.leave(principal, done, caller)
         return count
 

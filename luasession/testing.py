@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from . import embedded
@@ -73,9 +73,7 @@ def open_session(
     """
     if client is None:
         client = app.test_client()
-    with client.session_transaction() as session:
-        if not isinstance(session, LuaSession):
-            _not_ours(app)
+    with _opened(client) as session:
         session.update(keys or {})
         if principal is not None:
             session.principal = principal
@@ -96,9 +94,7 @@ def expire(client: FlaskClient) -> None:
     :raise SessionUnavailable: if Redis does not answer within the deadline.
     """
     app = client.application
-    with client.session_transaction() as session:
-        if not isinstance(session, LuaSession):
-            _not_ours(app)
+    with _opened(client) as session:
         handle = visit_of(session).presented_handle  # reads nothing: to be read is to be used
     if handle is None:
         raise SessionGone("the test client has no session")
@@ -112,9 +108,15 @@ def expire(client: FlaskClient) -> None:
                 pass
 
 
-def _not_ours(app: Flask) -> NoReturn:
-    kind = type(app.session_interface).__name__
-    raise TypeError(f"the sessions of {app.name} are not luasession's, they are those of {kind}")
+@contextmanager
+def _opened(client: FlaskClient) -> Iterator[LuaSession]:
+    app = client.application
+    # A cookie is sent to its path and below.
+    with client.session_transaction(app.session_interface.get_cookie_path(app)) as session:
+        if not isinstance(session, LuaSession):
+            kind = type(app.session_interface).__name__
+            raise TypeError(f"the sessions of {app.name} are not luasession's, they are those of {kind}")
+        yield session
 
 
 try:

@@ -6,9 +6,9 @@ that takes the delta to the store: round by round where others changed the same 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from . import merge, signals
@@ -64,7 +64,7 @@ class Transaction:
         self.changes: dict[str, Any] = {}
         # Threads that share the request, by copy_current_request_context(), commit one after the other: what
         # one of them has sent and not settled yet would be sent by another one as well (G6).
-        self._lock = RLock()
+        self._lock = threading.RLock()
         self._untold: list[tuple[NamedSignal, dict[str, Any]]] = []
 
     @contextmanager

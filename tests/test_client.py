@@ -24,6 +24,8 @@ from luasession.config import Config
 from luasession.connections import Connections, Recipe, pack_command
 from luasession.failures import Unproven
 
+from .servers import Server
+
 OK = b"the answer"
 
 
@@ -514,6 +516,38 @@ def test_nobody_else_tries_again() -> None:
     # The client's own are left as they were.
     assert pool.connection_kwargs == settings
     assert retry.get_retries() == 10
+
+
+@pytest.mark.parametrize(
+    ("theirs", "made"),
+    [
+        ({}, {"socket_timeout": 2.0}),
+        ({"socket_timeout": None}, {"socket_timeout": 2.0}),
+        (
+            {"socket_timeout": 9, "socket_connect_timeout": None},
+            {"socket_timeout": 2.0, "socket_connect_timeout": 2.0},
+        ),
+        (
+            {"socket_timeout": 0.5, "socket_connect_timeout": 1},
+            {"socket_timeout": 0.5, "socket_connect_timeout": 1},
+        ),
+    ],
+)
+def test_no_call_takes_longer_than_a_request_waits(theirs: dict[str, Any], made: dict[str, Any]) -> None:
+    """A ready client that waits for a hung server for ever, or for long, waits as long as the deadline here."""
+    pool = Pool(**theirs)
+    assert Connections(Recipe.of(pool, 2.0), 0.01).take().settings == made
+    assert pool.connection_kwargs == theirs
+
+
+def test_a_ready_client_keeps_the_deadline(valkey: Server) -> None:
+    """What is made of a client without timeouts of its own has the bound of the settings."""
+    ready = redis.Redis.from_url(valkey.url, socket_timeout=None)
+    made = connect(Config(redis=ready, redis_deadline=3.0), "test")
+    connection = made._connections.of(b"").take()
+    assert connection.socket_timeout == 3.0
+    connection.disconnect()
+    ready.close()
 
 
 def test_settings_that_are_not_there_are_not_made_up() -> None:

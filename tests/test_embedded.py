@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import redis
+from flask import Flask, session
 
-from luasession import embedded
+from luasession import Session, embedded
 from luasession.errors import ConfigurationError
 
 from .servers import eventually
@@ -376,6 +377,26 @@ def test_start_again_after_the_server_died(directory: Path, short_linger: None) 
         with used_here(directory) as again:
             assert again.ping()
         assert starts(directory) == 2
+
+
+@needs_server
+def test_an_app_goes_on_after_its_server_died(directory: Path, short_linger: None) -> None:
+    """An app whose embedded server was killed starts it anew with the next request, without another process."""
+    app = Flask("killed")
+    app.config["SESSION_REDIS_URL"] = f"embedded://{directory}"
+    Session(app)
+
+    @app.route("/")
+    def count() -> str:
+        session["n"] = session.get("n", 0) + 1
+        return str(session["n"])
+
+    client = app.test_client()
+    with used_here(directory) as server:
+        assert client.get("/").text == "1"
+        os.kill(process_id(server), signal.SIGKILL)
+        assert eventually(lambda: client.get("/").status_code == 200)
+    assert starts(directory) == 2
 
 
 @needs_server

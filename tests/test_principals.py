@@ -251,6 +251,32 @@ def test_a_log_in_that_is_not_in_the_index_is_none(app: TestApp, caught: bool) -
     assert app.keys() == []
 
 
+def test_log_out_everywhere_that_is_cut_off(app: TestApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has ended is taken out of the index on the way, so that the next attempt begins where this one stopped."""
+    monkeypatch.setattr("luasession.sessions._AT_ONCE", 2)
+    for _ in range(7):
+        log_in(app.browser())
+    grow_old(app)
+    store = app.flask.session_interface.store  # type: ignore[attr-defined]
+    original, ended = store.destroy, []
+
+    def destroy(handle: str, *args: Any, **named: Any) -> bool:
+        if len(ended) == 5:
+            raise SessionUnavailable("down")
+        ended.append(handle)
+        done: bool = original(handle, *args, **named)
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "destroy", destroy)
+        with pytest.raises(SessionUnavailable), app.flask.app_context():
+            sessions(app).revoke_all("ada")
+    assert len(index(app)) == 3
+    with app.flask.app_context():
+        assert sessions(app).revoke_all("ada") == 2
+    assert index(app) == {}
+
+
 def test_entries_of_sessions_that_expired_go_at_a_log_in(app: TestApp) -> None:
     """Who never logs out and logs in again and again leaves no pile of entries behind; each log-in takes two."""
     assert app.server is not None

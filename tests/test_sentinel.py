@@ -273,6 +273,29 @@ def test_in_doubt_all_sentinels_are_asked() -> None:
     assert [each.asked for each in (behind, gone, ahead)] == [2, 1, 2]
 
 
+def test_a_request_that_is_broken_off_while_it_asks() -> None:
+    """A greenlet that is killed there leaves the asking to the next one, and not for a while to nobody."""
+
+    class Killed(BaseException):
+        pass
+
+    sentinel = Fake("a", STATE)
+    found = Sentinels([sentinel], "main", lambda host, port: Fake(host), 1, 1)
+    primary = found.of(b"key")
+    ask = sentinel.ask
+
+    def killed(*_: Any) -> Any:
+        raise Killed
+
+    sentinel.ask = killed  # type: ignore[method-assign]
+    found._due = 0
+    with pytest.raises(Killed):
+        found.of(b"key")
+    sentinel.ask = ask  # type: ignore[method-assign]
+    assert found.of(b"key") is primary
+    assert sentinel.asked == 2
+
+
 # Failovers.
 
 

@@ -408,6 +408,54 @@ def test_parent_and_children_at_once(run_script: Callable[..., str], shared: boo
     assert run_script(PRELUDE + (SHARED_FORK if shared else "") + VIEWS + FORK_BOTH) == "done\n"
 
 
+LATE = """
+import gevent
+from luasession.connections import Connections, Recipe
+from luasession.transaction import Transaction
+from gevent import monkey
+monkey.patch_all()
+
+class Kind:
+    def connect(self):
+        pass
+
+    def disconnect(self):
+        pass
+
+connections = Connections(Recipe(Kind, {}, 2), 5)
+done = []
+
+def use():
+    connection = connections.take()
+    gevent.sleep(0.02)
+    connections.give(connection)
+    done.append(True)
+
+# More than there are slots: whoever waits for one lets those go on who have one.
+gevent.joinall([gevent.spawn(use) for _ in range(6)], timeout=30, raise_error=True)
+assert len(done) == 6, done
+
+# Greenlets that share a request commit one after the other, though they are of one thread.
+transaction = Transaction(None, None, None)
+order = []
+
+def commit(name):
+    with transaction._lock:
+        order.append(name)
+        gevent.sleep(0.01)
+        order.append(name)
+
+gevent.joinall([gevent.spawn(commit, name) for name in "ab"], timeout=30, raise_error=True)
+assert order in (["a", "a", "b", "b"], ["b", "b", "a", "a"]), order
+print("done")
+"""
+
+
+def test_gevent_patches_late(run_script: Callable[..., str]) -> None:
+    """Patched after luasession was imported (gunicorn --preload -k gevent), no wait holds up the whole process."""
+    assert run_script(LATE) == "done\n"
+
+
 GEVENT = (
     """
 from gevent import monkey

@@ -427,3 +427,13 @@ def test_a_clock_that_is_set_back_ends_trust(
     real = luasession.store.now_ns
     monkeypatch.setattr(luasession.store, "now_ns", lambda: real() - 10**12)
     assert plain.run(lambda: session["n"]) == 2
+
+
+def test_a_cookie_with_a_path_of_its_own(make_app: MakeApp) -> None:
+    """Both find a session whose cookie is sent to one part of the site only."""
+    app = make_app(SESSION_COOKIE_PATH="/app")
+    client = testing.open_session(app.flask, {"a": 1})
+    testing.open_session(app.flask, {"b": 2}, client=client)
+    assert len(app.keys()) == 1
+    testing.expire(client)
+    assert app.keys() == []
