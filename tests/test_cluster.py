@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Event
 from typing import Any
 from uuid import uuid4
 
@@ -24,7 +23,14 @@ from luasession.servers import Cluster
 
 from .conftest import GUARANTEED, Browser, TestApp
 from .servers import ClusterTopology, Server, eventually
-from .test_topologies import CLUSTERS, at_once, close, connections, remember_reasons  # noqa: F401 - a fixture
+from .test_topologies import (  # noqa: F401 - one is a fixture
+    CLUSTERS,
+    at_once,
+    close,
+    connections,
+    remember_reasons,
+    sending_to,
+)
 
 Clusters = Callable[[str], ClusterTopology]
 
@@ -70,12 +76,6 @@ def test_a_primary_that_was_replaced_while_it_hung(any_cluster: ClusterTopology)
     other = other.twin(app.another())
     key = key_of(app, other)
     hung = any_cluster.owner(key)
-    writing = Event()
-
-    def write() -> None:
-        session["b"] = 2
-        writing.set()
-
     hung.pause()
     try:
         observer = next(each for each in any_cluster.servers if each is not hung)
@@ -83,9 +83,10 @@ def test_a_primary_that_was_replaced_while_it_hung(any_cluster: ClusterTopology)
         other.run(lambda: session.regenerate())
         late = other.twin(app)  # whose process has heard nothing of it
         with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(late.run, write)
-            assert writing.wait(10)
-            time.sleep(0.3)
+            with sending_to(hung.port) as sending:
+                answer = pool.submit(late.run, lambda: session.update(b=2))
+                assert sending.wait(10)
+            time.sleep(0.3)  # answered any sooner it would not be slow
             hung.resume()
             answer.result(30)
     finally:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from threading import Event, Timer
+from threading import Timer
 from typing import Any
 from uuid import uuid4
 
@@ -25,7 +25,14 @@ from luasession.servers import Sentinels
 
 from .conftest import TestApp
 from .servers import SentinelTopology, Server, eventually, free_port, standalone
-from .test_topologies import SENTINELS, at_once, close, connections, remember_reasons  # noqa: F401 - a fixture
+from .test_topologies import (  # noqa: F401 - one is a fixture
+    SENTINELS,
+    at_once,
+    close,
+    connections,
+    remember_reasons,
+    sending_to,
+)
 
 Topologies = Callable[[str], SentinelTopology]
 
@@ -52,21 +59,16 @@ def test_a_primary_that_was_replaced_while_it_hung(
     assert other.twin(app).run(see) == {"a": 1}
     other = other.twin(app.another())
     hung = topology.primary
-    writing = Event()
-
-    def write() -> None:
-        session["b"] = 2
-        writing.set()
-
     with ThreadPoolExecutor(1) as pool:
         hung.pause()
         try:
             assert eventually(lambda: topology.primary is not hung, 30)
             other.run(lambda: session.regenerate())
             late = other.twin(app)
-            answer = pool.submit(late.run, write)
-            assert writing.wait(10)
-            time.sleep(0.3)
+            with sending_to(hung.port) as sending:
+                answer = pool.submit(late.run, lambda: session.update(b=2))
+                assert sending.wait(10)
+            time.sleep(0.3)  # answered any sooner it would not be slow
             hung.resume()
             answer.result(30)
         finally:

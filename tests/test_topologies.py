@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 from uuid import uuid4
 
@@ -60,6 +62,21 @@ def make_app(topology: Topology) -> MakeApp:
 
 def see() -> dict[str, Any]:
     return dict(session)
+
+
+@contextmanager
+def sending_to(port: int) -> Iterator[Event]:
+    """Give what is set when a script is being sent to the server of a port."""
+    original, sending = Connections._exchange, Event()
+
+    def exchange(connection: Any, words: Any, *about: Any) -> Any:
+        if words[0] == b"EVALSHA" and connection.port == port:
+            sending.set()
+        return original(connection, words, *about)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Connections, "_exchange", staticmethod(exchange))
+        yield sending
 
 
 # Every way to get there.
