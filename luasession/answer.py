@@ -80,7 +80,7 @@ class Answer:
                 headers.setlist("Set-Cookie", ours + others)
         if wrote or session.accessed:
             self._vary()
-        visit.carrier = self._response
+        visit.is_carried = True
 
     def _delete_cookies(self, visit: Visit, attributes: dict[str, Any]) -> None:
         name = visit.name

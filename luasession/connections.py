@@ -13,7 +13,7 @@ import redis
 from redis.backoff import NoBackoff
 
 from .clock import now_ns
-from .errors import SessionUnavailable
+from .errors import ConfigurationError, SessionUnavailable
 from .failures import Unproven, is_a, is_read_only
 
 #: Connections of one process to one server. More requests than that wait for one, and do not fail.
@@ -39,6 +39,8 @@ class Recipe(NamedTuple):
         settings: dict[str, Any] = dict(pool.connection_kwargs)
         if at_most is not None:
             settings.setdefault("socket_timeout", None)
+            if "path" not in settings:  # the classes of unix sockets do not all know it
+                settings.setdefault("socket_connect_timeout", None)
             for name in settings.keys() & {"socket_timeout", "socket_connect_timeout"}:
                 settings[name] = at_most if settings[name] is None else min(settings[name], at_most)
         retry = settings.get("retry")
@@ -142,7 +144,8 @@ class Connections:
             except Exception as error:
                 if self._revive is None or not is_a(error, "ConnectionError"):
                     raise
-                self._revive()
+                with suppress(ConfigurationError):  # what is in the way of that is in the log
+                    self._revive()
                 connection.connect()
         except BaseException:
             self._slots.put(None)

@@ -13,7 +13,7 @@ from . import login
 from .config import read_config
 from .errors import LuaSessionError
 from .interface import LuaSessionInterface
-from .session import LuaSession, transaction_of
+from .session import LuaSession, transaction_of, visit_of
 from .sessions import Sessions
 from .store import Store
 
@@ -75,15 +75,21 @@ def _answers_errors(app: Flask) -> Callable[..., Any]:
             return process(*context, response)
         except Exception as error:  # noqa: BLE001 - what is not the session's is raised again
             answer = _answer(app, error, response)
-        response.close()
+            # An after_request function may have put another one in its place.
+            last = visit_of(_session()).response
+            replaced = (last and last()) or response
         try:
-            return process(*context, answer)
+            answer = process(*context, answer)
         except LuaSessionError:
             # Once more: what comes after the function that reads the session is left out, and nothing more
             # is stored.
-            transaction_of(_session()).give_up()
+            transaction_of(_session()).drop()
             _carry_on(app, answer)
-            return answer
+        except Exception:
+            _carry_on(app, response)
+            raise
+        answer.call_on_close(replaced.close)
+        return answer
 
     return process_response
 

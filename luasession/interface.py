@@ -100,12 +100,15 @@ class LuaSessionInterface(SessionInterface):
         if not isinstance(session, LuaSession):
             return
         answer = Answer(self, app, self._config, response)
+        visit = visit_of(session)
+        visit.response, visit.is_carried = weakref.ref(response), False
         transaction_of(session).save(answer.prepare)
         answer.write(session)
 
     def write_cookies(self, app: Flask, session: LuaSession, response: Response) -> None:
         """Have a response carry what has been committed, unless it does, and store nothing more."""
-        if visit_of(session).carrier is not response:
+        visit = visit_of(session)
+        if not (visit.is_carried and visit.response and visit.response() is response):
             Answer(self, app, self._config, response).write(session)
 
     def errand(self, app: Flask, handle: str) -> LuaSession:

@@ -217,20 +217,21 @@ class Ledger:
         """
         sets: dict[bytes, Put] = {}
         encode, live, reads = self._values.encode, self._live, self._reads
-        for key, (ttl_ms, _) in self._sets.items():
+        # Lists, as another thread of the request may change them meanwhile.
+        for key, (ttl_ms, _) in list(self._sets.items()):
             raw = encode(key, live[key])
             if key not in reads:
                 sets[field_name(key)] = Put(raw, _UNCHECKED, ttl_ms)
             elif ttl_ms or not self._is_stored(key, raw):
                 sets[field_name(key)] = Put(raw, self._check(key), ttl_ms)
-        for key, given in self._given.items():
+        for key, given in list(self._given.items()):
             changed = self._changed_in_place(key, given)
             if changed is not None:
                 # Changed in place, a key keeps the end that it was given.
                 kept = KEPT + given.end if given.end else KEEP
                 sets[field_name(key)] = Put(changed, self._check(key), kept)
         deletes: dict[bytes, Check] = {}
-        for key in self._deletes:
+        for key in list(self._deletes):
             if self._may_hold(key):
                 deletes[field_name(key)] = self._check(key)
         return Delta(self._base, self._own, sets, deletes, _NO_READS, self.cleared)

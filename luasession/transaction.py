@@ -85,12 +85,27 @@ class Transaction:
 
     def _end_turn(self) -> None:
         self._depth -= 1
-        is_last = self._depth == 0
+        untold: list[tuple[NamedSignal, dict[str, Any]]] = []
+        if self._untold and self._depth == 0:
+            untold, self._untold = self._untold, untold
         self._lock.release()
-        # Afterwards, as an async receiver runs in another thread, and may commit as well.
-        while is_last and self._untold:
-            signal, about = self._untold.pop(0)
-            self.visit.notify(signal, **about)
+        if untold:
+            self._tell_all(untold)
+
+    def _tell_all(self, untold: list[tuple[NamedSignal, dict[str, Any]]]) -> None:
+        # When the turn is over, as an async receiver runs in another thread, and may commit as well. What
+        # has happened is told whatever a receiver of something else raises.
+        failures = []
+        for signal, about in untold:
+            try:
+                self.visit.notify(signal, **about)
+            except Exception as error:  # noqa: BLE001 - it is raised below
+                failures.append(error)
+        try:
+            if failures:
+                raise failures[0]
+        finally:
+            failures.clear()  # an error that is held by its own frame keeps all of the request
 
     def _tell(self, signal: NamedSignal, **about: Any) -> None:
         if signal.receivers:
@@ -191,7 +206,7 @@ class Transaction:
             snapshot = self.visit.reload()
             self.forget()
             self.ledger.start_from(snapshot)
-            self.visit.failed = self.visit.unsettled = False
+            self.visit.failed = self.visit.unsettled = self._told = False
 
     def forget(self) -> None:
         """Forget local changes; what is read next is read anew."""
@@ -314,6 +329,12 @@ class Transaction:
             # The response goes out now: an id made later would never reach the browser.
             visit.close()
 
+    def drop(self) -> None:
+        """Store nothing more, and tell so."""
+        with self._alone():
+            self._drop()
+        self.visit.withhold()
+
     def _drop(self) -> None:
         # It could not be read or stored, and whoever caught that error goes on. So it is told, once.
         self.visit.failed = True
@@ -328,6 +349,7 @@ class Transaction:
             return
         with self._alone():  # it may be that what has changed is just being saved, by another thread
             if visit.failed or visit.unsettled:
+                self._drop()
                 return
             if self.destroyed or self.ledger.changed() or (self.changes and self._delta()):
                 self.save()

@@ -81,8 +81,9 @@ class Visit:
     ended = False
     #: Whether this request has read or changed anything.
     used = False
-    #: The response that carries the cookies, when it does.
-    carrier: Any = None
+    #: The last response that it was saved for, held weakly, and whether that carries the cookies.
+    response: Callable[[], Any] | None = None
+    is_carried = False
     #: What can be done for the response while a commit is on its way, until :meth:`close`.
     meanwhile: Callable[[], None] | None = None
     #: Whether it could not read what there is: nothing of it is stored, as nothing can be built on that.

@@ -521,8 +521,8 @@ def test_nobody_else_tries_again() -> None:
 @pytest.mark.parametrize(
     ("theirs", "made"),
     [
-        ({}, {"socket_timeout": 2.0}),
-        ({"socket_timeout": None}, {"socket_timeout": 2.0}),
+        ({}, {"socket_timeout": 2.0, "socket_connect_timeout": 2.0}),
+        ({"path": "/a", "socket_timeout": None}, {"path": "/a", "socket_timeout": 2.0}),
         (
             {"socket_timeout": 9, "socket_connect_timeout": None},
             {"socket_timeout": 2.0, "socket_connect_timeout": 2.0},

@@ -17,6 +17,7 @@ from flask import (
     Flask,
     Response,
     abort,
+    copy_current_request_context,
     flash,
     g,
     get_flashed_messages,
@@ -677,21 +678,33 @@ def test_changes_while_the_request_is_torn_down(make_valkey_app: MakeApp) -> Non
     assert browser.run(lambda: dict(session)) == {"view": 1, "first": 1, "signal": 1}
 
 
-@pytest.mark.parametrize("view", [lambda: None, lambda: session.get("a"), lambda: session.update(b=[2])])
+def to_the_end() -> Response:
+    """Return a response that holds the request until it is closed."""
+    session["c"] = 1
+    response = Response("x")
+    response.call_on_close(copy_current_request_context(lambda: None))
+    return response
+
+
+@pytest.mark.parametrize(
+    "view", [lambda: None, lambda: session.get("a"), lambda: session.update(b=[2]), to_the_end]
+)
 def test_a_request_is_freed_at_its_end(app: TestApp, view: Callable[[], Any]) -> None:
     """A request, with what was uploaded, does not wait for the garbage collector."""
     browser = app.browser()
     browser.run(lambda: session.update(a=[1]))
     seen = []
 
-    def watched() -> None:
+    def watched() -> Any:
         seen.append(weakref.ref(request._get_current_object()))
-        view()
+        return view()
 
     gc.collect()
     gc.disable()
     try:
         browser.run(watched)
+        assert browser.response is not None
+        browser.response.close()
         browser.response = None
         assert [reference() for reference in seen] == [None]
     finally:
@@ -1022,6 +1035,65 @@ def test_a_handler_that_raises_the_error_again(make_valkey_app: MakeApp) -> None
     app.flask.register_error_handler(SessionTooLarge, again)
     app.browser().run(lambda: session.update(a="x" * 100), status=500)
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_what_an_error_takes_the_place_of_is_closed(make_valkey_app: MakeApp, new: bool) -> None:
+    """Once, when the answer is: the view's response, or the one that an after_request function made of it."""
+    app = make_valkey_app(SESSION_MAX_BYTES=50)
+    closed: list[str] = []
+
+    def make(name: str) -> Response:
+        response = Response(name)
+        response.call_on_close(lambda: closed.append(name))
+        return response
+
+    app.flask.after_request(lambda response: make("new") if new and response.status_code == 200 else response)
+
+    def view() -> Response:
+        session["a"] = "x" * 100
+        return make("old")
+
+    browser = app.browser()
+    browser.run(view, status=413)
+    assert closed == []
+    assert browser.response is not None
+    browser.response.close()
+    assert closed == ["new" if new else "old"]
+
+
+def test_a_page_that_is_sent_in_the_end_carries_the_id(make_valkey_app: MakeApp) -> None:
+    """Where the answer to an error of saving fails as well, the page that Flask falls back to is whole."""
+    app = make_valkey_app(PROPAGATE_EXCEPTIONS=False)
+    closed: list[bool] = []
+
+    def page(_error: Exception) -> tuple[Response, int]:
+        response = Response(iter(["a ", "page"]))
+        response.call_on_close(lambda: closed.append(True))
+        return response, 500
+
+    def fail(response: Response) -> Response:
+        if response.status_code == 418:
+            raise RuntimeError
+        return response
+
+    app.flask.register_error_handler(500, page)
+    app.flask.register_error_handler(TypeError, lambda _error: ("cannot", 418))
+    app.flask.after_request(fail)
+    browser = app.browser()
+
+    def view() -> None:
+        session["a"] = 1
+        session.commit()  # type: ignore[attr-defined]
+        session["b"] = object()
+        raise ValueError
+
+    browser.run(view, status=500)
+    assert browser.response is not None
+    assert browser.response.text == "a page"
+    assert list(browser.set_cookies) == ["session", "session_v"]
+    browser.response.close()
+    assert closed == [True]
 
 
 def test_process_response_takes_its_argument_by_name(make_valkey_app: MakeApp) -> None:

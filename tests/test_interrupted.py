@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from flask import session
+from flask import Response, session, stream_with_context
 
 from luasession import (
     SessionConflict,
@@ -285,6 +285,27 @@ def test_a_reload_that_fails(make_app: MakeApp) -> None:
 
     browser.run(view)
     assert browser.run(lambda: dict(session)) == {"a": 1}
+    assert noted == ["unavailable"]
+
+
+def test_a_late_change_after_a_read_that_failed(make_app: MakeApp) -> None:
+    """What a streamed response sets after it could not read is dropped, and told."""
+    app = make_app(SESSION_CACHE_TTL=None)
+    noted = reasons(app)
+    browser = app.browser()
+    browser.run(lambda: session.update(cart=["a"]))
+
+    def view() -> Response:
+        def generate() -> Iterator[str]:
+            yield "begun"
+            degraded()
+
+        return Response(stream_with_context(generate()))
+
+    browser.run(view)
+    assert browser.response is not None
+    assert browser.response.text == "begun"
+    assert browser.run(lambda: dict(session)) == {"cart": ["a"]}
     assert noted == ["unavailable"]
 
 

@@ -396,3 +396,27 @@ def test_the_names() -> None:
     """All signals of the contract are there, each with a name of its own."""
     assert {name for name in vars(signals) if name.startswith("session_")} == set(NAMES)
     assert len({getattr(signals, name).name for name in NAMES}) == len(NAMES)
+
+
+def test_a_receiver_that_fails_keeps_no_other_signal_back(make_app: MakeApp) -> None:
+    """What has happened is told, whatever the receiver of something else raises; and that is raised."""
+    app = make_app(PROPAGATE_EXCEPTIONS=False)
+    told: list[str] = []
+
+    def fail(_app: Any, **_: Any) -> None:
+        raise RuntimeError
+
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+
+    def view() -> None:
+        session.destroy()
+        session["x"] = 1
+
+    with (
+        signals.session_destroyed.connected_to(fail, app.flask),
+        signals.session_created.connected_to(lambda _app, **_: told.append("created"), app.flask),
+    ):
+        browser.run(view, status=500)
+    assert told == ["created"]
+    assert browser.run(lambda: dict(session)) == {"x": 1}
