@@ -44,6 +44,26 @@ def meanwhile(app: TestApp, what: str, work: Callable[[], Any]) -> Iterator[None
         assert done
 
 
+@contextmanager
+def lingering(app: TestApp, threads: list[threading.Thread]) -> Iterator[threading.Event]:
+    """Have the first commit of these threads take its time once it is applied; give what is set by then."""
+    store = app.flask.session_interface.store  # type: ignore[attr-defined]
+    original, applied = store.commit, threading.Event()
+
+    def commit(*args: Any, **named: Any) -> Any:
+        result = original(*args, **named)
+        if threading.current_thread() in threads and not applied.is_set():
+            applied.set()
+            time.sleep(0.1)  # until then the request has come to its end
+        return result
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store, "commit", commit)
+        yield applied
+        for each in threads:
+            each.join(10)
+
+
 def thread(function: Callable[[], Any]) -> tuple[threading.Thread, threading.Event]:
     """Return a thread in a copy of the request's context, and what it waits for before it runs and ends."""
     go = threading.Event()
@@ -123,15 +143,6 @@ def test_a_request_that_is_saved_while_its_thread_commits(make_app: MakeApp) -> 
     browser = app.browser()
     browser.run(lambda: session.update(a=1))
     threads: list[threading.Thread] = []
-    store = app.flask.session_interface.store  # type: ignore[attr-defined]
-    original, sent = store.commit, threading.Event()
-
-    def slow(*args: Any, **named: Any) -> Any:
-        result = original(*args, **named)
-        if threading.current_thread() in threads and not sent.is_set():
-            sent.set()
-            time.sleep(0.1)  # until then the request has come to its end
-        return result
 
     def commit() -> None:
         session["b"] = 2
@@ -141,13 +152,11 @@ def test_a_request_that_is_saved_while_its_thread_commits(make_app: MakeApp) -> 
         started, go = thread(commit)
         threads.append(started)
         go.set()
-        assert sent.wait(10)
+        assert applied.wait(10)
         session["c"] = 3
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(store, "commit", slow)
+    with lingering(app, threads) as applied:
         browser.run(view)
-        threads[0].join(10)
     assert browser.twin(app.another()).run(lambda: dict(session)) == {"a": 1, "b": 2, "c": 3}
     assert app.stats()["discards"] == 0
 
@@ -158,15 +167,6 @@ def test_a_stream_that_ends_while_its_thread_is_saved_late(make_app: MakeApp) ->
     browser = app.browser()
     browser.run(lambda: session.update(a=1))
     threads: list[threading.Thread] = []
-    store = app.flask.session_interface.store  # type: ignore[attr-defined]
-    original, sent = store.commit, threading.Event()
-
-    def slow(*args: Any, **named: Any) -> Any:
-        result = original(*args, **named)
-        if threading.current_thread() in threads and not sent.is_set():
-            sent.set()
-            time.sleep(0.1)
-        return result
 
     def view() -> Response:
         started, go = thread(lambda: session.update(b=2))
@@ -175,18 +175,16 @@ def test_a_stream_that_ends_while_its_thread_is_saved_late(make_app: MakeApp) ->
         def generate() -> Iterator[str]:
             yield "begun,"
             go.set()
-            assert sent.wait(10)
+            assert applied.wait(10)
             session["c"] = 3
             yield "done"
 
         return Response(stream_with_context(generate()))
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(store, "commit", slow)
+    with lingering(app, threads) as applied:
         browser.run(view)
         assert browser.response is not None
         assert browser.response.text == "begun,done"
-        threads[0].join(10)
     assert browser.twin(app.another()).run(lambda: dict(session)) == {"a": 1, "b": 2, "c": 3}
 
 
