@@ -6,9 +6,7 @@ that takes the delta to the store: round by round where others changed the same 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from . import merge, signals
@@ -19,6 +17,7 @@ from .ledger import Ledger
 from .outcome import MISSING, STALE, Applied, Conflicting, Refused
 from .rounds import commit_again
 from .snapshot import Pair, field_name, session_key
+from .threads import OneAtATime
 
 if TYPE_CHECKING:
     from blinker import NamedSignal
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from .policy import Policies
     from .values import Values
     from .visit import Visit
-
-# Seconds beyond the deadline after which another thread of the same request is waited for no longer.
-_LONGEST_COMMIT = 5.0
 
 
 class Transaction:
@@ -53,8 +49,6 @@ class Transaction:
     _refused: Delta | None = None
     # How many assignments the delta has that is on its way.
     _assignments = 0
-    # How often the thread whose turn it is has begun.
-    _depth = 0
 
     def __init__(self, visit: Visit, values: Values, policies: Policies) -> None:
         self.visit = visit
@@ -62,54 +56,7 @@ class Transaction:
         self.ledger = Ledger(visit, values, policies)
         #: What changes about the session beside its keys, by the names of the delta.
         self.changes: dict[str, Any] = {}
-        # Threads that share the request, by copy_current_request_context(), commit one after the other: what
-        # one of them has sent and not settled yet would be sent by another one as well (G6).
-        self._lock = threading.RLock()
-        self._untold: list[tuple[NamedSignal, dict[str, Any]]] = []
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        self._begin()
-        try:
-            yield
-        finally:
-            self._end_turn()
-
-    def _begin(self) -> None:
-        # Not for ever: whoever is at it may be waiting for this thread, in a merge function say.
-        if not self._lock.acquire(blocking=False) and not self._lock.acquire(
-            timeout=self.visit.config.redis_deadline + _LONGEST_COMMIT
-        ):
-            raise SessionUnavailable("another thread of this request has been committing for too long")
-        self._depth += 1
-
-    def _end_turn(self) -> None:
-        self._depth -= 1
-        untold: list[tuple[NamedSignal, dict[str, Any]]] = []
-        if self._untold and self._depth == 0:
-            untold, self._untold = self._untold, untold
-        self._lock.release()
-        if untold:
-            self._tell_all(untold)
-
-    def _tell_all(self, untold: list[tuple[NamedSignal, dict[str, Any]]]) -> None:
-        # When the turn is over, as an async receiver runs in another thread, and may commit as well. What
-        # has happened is told whatever a receiver of something else raises.
-        failures = []
-        for signal, about in untold:
-            try:
-                self.visit.notify(signal, **about)
-            except Exception as error:  # noqa: BLE001 - it is raised below
-                failures.append(error)
-        try:
-            if failures:
-                raise failures[0]
-        finally:
-            failures.clear()  # an error that is held by its own frame keeps all of the request
-
-    def _tell(self, signal: NamedSignal, **about: Any) -> None:
-        if signal.receivers:
-            self._untold.append((signal, about))
+        self._alone = OneAtATime(visit)
 
     def _start(self) -> None:
         self._refused = None
@@ -189,7 +136,7 @@ class Transaction:
 
     def commit(self) -> None:
         """Apply what has changed now; see :meth:`luasession.LuaSession.commit`."""
-        with self._alone():
+        with self._alone:
             self._must_not_have_failed()
             refused = self._apply(anew=True)
             self._refused = None
@@ -202,7 +149,7 @@ class Transaction:
 
     def reload(self) -> None:
         """Forget local changes and read the newest snapshot."""
-        with self._alone():
+        with self._alone:
             snapshot = self.visit.reload()
             self.forget()
             self.ledger.start_from(snapshot)
@@ -220,7 +167,7 @@ class Transaction:
 
     def atomic_update(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
         """Change one key exactly; see :meth:`luasession.LuaSession.atomic_update`."""
-        with self._alone():
+        with self._alone:
             self._must_not_have_failed()
             return self._atomic_update(key, function, default)
 
@@ -306,8 +253,7 @@ class Transaction:
         try:
             if not visit.used or (visit.failed and self._told):
                 return
-            self._begin()
-            try:
+            with self._alone:
                 if visit.failed or visit.unsettled:
                     self._drop()
                     return
@@ -317,8 +263,6 @@ class Transaction:
                     self._discard(refused)
                 elif (snapshot := self.ledger.loaded) is not None:
                     visit.touch(snapshot)
-            finally:
-                self._end_turn()
         except BaseException as error:
             self.failure = id(error)
             visit.failed = self._told = True
@@ -331,7 +275,7 @@ class Transaction:
 
     def drop(self) -> None:
         """Store nothing more, and tell so."""
-        with self._alone():
+        with self._alone:
             self._drop()
         self.visit.withhold()
 
@@ -347,7 +291,7 @@ class Transaction:
         visit = self.visit
         if not (visit.used and self._saved and self._may_have_changed()):
             return
-        with self._alone():  # it may be that what has changed is just being saved, by another thread
+        with self._alone:  # it may be that what has changed is just being saved, by another thread
             if visit.failed or visit.unsettled:
                 self._drop()
                 return
@@ -387,7 +331,7 @@ class Transaction:
         if handle is not None:
             self.committed = True
         if self.visit.destroy():
-            self._tell(signals.session_destroyed, handle=handle)
+            self._alone.tell(signals.session_destroyed, handle=handle)
         self.destroyed = False
         if self.ledger.cleared:
             # What was set after the clear, a label say, is of the next session.
@@ -494,14 +438,14 @@ class Transaction:
             }
         signal: NamedSignal = signals.session_created if created else signals.session_committed
         if signal.receivers:
-            self._tell(signal, handle=self.handle, version=applied.version)
+            self._alone.tell(signal, handle=self.handle, version=applied.version)
         if delta.rotation and not created:
-            self._tell(signals.session_rotated, handle=self.handle, version=applied.version)
+            self._alone.tell(signals.session_rotated, handle=self.handle, version=applied.version)
 
     def _report(self, conflicts: Iterable[Conflict], *, refused: bool) -> None:
         for conflict in conflicts:
             self.visit.count("conflicts")
-            self._tell(
+            self._alone.tell(
                 signals.session_conflict,
                 handle=self.handle,
                 key=conflict.key,
@@ -519,4 +463,4 @@ class Transaction:
 
     def _tell_discarded(self, reason: str) -> None:
         self.visit.count("discards")
-        self._tell(signals.session_discarded, handle=self.visit.presented_handle, reason=reason)
+        self._alone.tell(signals.session_discarded, handle=self.visit.presented_handle, reason=reason)

@@ -411,7 +411,7 @@ def test_parent_and_children_at_once(run_script: Callable[..., str], shared: boo
 LATE = """
 import gevent
 from luasession.connections import Connections, Recipe
-from luasession.transaction import Transaction
+from luasession.threads import OneAtATime
 from gevent import monkey
 monkey.patch_all()
 
@@ -436,11 +436,11 @@ gevent.joinall([gevent.spawn(use) for _ in range(6)], timeout=30, raise_error=Tr
 assert len(done) == 6, done
 
 # Greenlets that share a request commit one after the other, though they are of one thread.
-transaction = Transaction(None, None, None)
+alone = OneAtATime(None)
 order = []
 
 def commit(name):
-    with transaction._lock:
+    with alone:
         order.append(name)
         gevent.sleep(0.01)
         order.append(name)

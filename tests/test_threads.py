@@ -351,7 +351,7 @@ def test_the_end_of_a_request_does_not_wait_for_ever(
 ) -> None:
     """Where a thread is at it for too long the request is answered 503, once, and stores nothing."""
     app = make_app(SESSION_REDIS_DEADLINE=0.1)
-    monkeypatch.setattr("luasession.transaction._LONGEST_COMMIT", 0.1)
+    monkeypatch.setattr("luasession.threads._LONGEST_COMMIT", 0.1)
     seen: list[int] = []
 
     def look(response: Response) -> Response:
@@ -432,7 +432,7 @@ def test_two_first_reads(make_app: MakeApp) -> None:
 def test_a_thread_does_not_wait_for_ever(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     """A commit that waits for a thread which commits itself ends: the second one is told so, and the first goes on."""
     app = make_app(SESSION_REDIS_DEADLINE=0.1)
-    monkeypatch.setattr("luasession.transaction._LONGEST_COMMIT", 0.1)
+    monkeypatch.setattr("luasession.threads._LONGEST_COMMIT", 0.1)
     browser = app.browser()
     browser.run(lambda: session.update(a=1))
     told: list[str] = []
