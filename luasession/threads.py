@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .errors import SessionUnavailable
@@ -25,13 +26,13 @@ class OneAtATime:
     :param visit: the request's; says how long it may take, and sends signals.
     """
 
-    # How often the thread whose turn it is has entered.
+    # How often the thread whose turn it is has entered, and the signals that are to be sent when it is through.
     _depth = 0
+    _untold: tuple[tuple[NamedSignal, dict[str, Any]], ...] = ()
 
     def __init__(self, visit: Visit) -> None:
         self._visit = visit
         self._lock = threading.RLock()
-        self._untold: list[tuple[NamedSignal, dict[str, Any]]] = []
 
     def __enter__(self) -> None:
         """Wait for the others.
@@ -48,9 +49,9 @@ class OneAtATime:
     def __exit__(self, *_: object) -> None:
         """Let the next one go on, and tell what has happened."""
         self._depth -= 1
-        untold: list[tuple[NamedSignal, dict[str, Any]]] = []
+        untold: tuple[tuple[NamedSignal, dict[str, Any]], ...] = ()
         if self._untold and self._depth == 0:
-            untold, self._untold = self._untold, untold
+            untold, self._untold = self._untold, ()
         self._lock.release()
         if untold:
             self._tell_all(untold)
@@ -58,9 +59,9 @@ class OneAtATime:
     def tell(self, signal: NamedSignal, **about: Any) -> None:
         """Have a signal sent when this is over: async receivers run in another thread, and may commit."""
         if signal.receivers:
-            self._untold.append((signal, about))
+            self._untold = (*self._untold, (signal, about))
 
-    def _tell_all(self, untold: list[tuple[NamedSignal, dict[str, Any]]]) -> None:
+    def _tell_all(self, untold: Iterable[tuple[NamedSignal, dict[str, Any]]]) -> None:
         # What has happened is told whatever a receiver of something else raises.
         failures = []
         for signal, about in untold:

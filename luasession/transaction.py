@@ -253,6 +253,10 @@ class Transaction:
         try:
             if not visit.used or (visit.failed and self._told):
                 return
+            if not self._may_have_changed():
+                if not visit.failed and (snapshot := self.ledger.loaded) is not None:
+                    visit.touch(snapshot)
+                return
             with self._alone:
                 if visit.failed or visit.unsettled:
                     self._drop()

@@ -409,6 +409,8 @@ def test_parent_and_children_at_once(run_script: Callable[..., str], shared: boo
 
 
 LATE = """
+from types import SimpleNamespace
+
 import gevent
 from luasession.connections import Connections, Recipe
 from luasession.threads import OneAtATime
@@ -436,7 +438,7 @@ gevent.joinall([gevent.spawn(use) for _ in range(6)], timeout=30, raise_error=Tr
 assert len(done) == 6, done
 
 # Greenlets that share a request commit one after the other, though they are of one thread.
-alone = OneAtATime(None)
+alone = OneAtATime(SimpleNamespace(config=SimpleNamespace(redis_deadline=1)))
 order = []
 
 def commit(name):
