@@ -26,7 +26,7 @@ class OneAtATime:
     :param visit: the request's; says how long it may take, and sends signals.
     """
 
-    # How often the thread whose turn it is has entered, and the signals that are to be sent when it is through.
+    # How often the thread whose turn it is has entered; what is to be told when it is through.
     _depth = 0
     _untold: tuple[tuple[NamedSignal, dict[str, Any]], ...] = ()
 

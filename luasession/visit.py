@@ -392,15 +392,13 @@ class Visit:
         _log.warning("session %s: the value of %r does not decode: %s", handle, key, type(error).__name__)
         self.notify(signals.session_corrupt, handle=handle, key=key, error=error)
 
-    @property
-    def others_know_better(self) -> bool:
-        """Whether the hint may fall below what others have been told: every process has to confirm."""
-        return self.others_wrote or (self._sent > 0 and now_ns() - self._sent > _PROMPT)
-
     def close(self) -> None:
         """Start no session any more: the response is on its way."""
         self._closed = True
         self.meanwhile = None
+        if self.made is not None and now_ns() - self._sent > _PROMPT:
+            # The hint may fall below what others have been told since: every process has to confirm (G9).
+            self.others_wrote = True
 
     def withhold(self) -> None:
         """Have the answer carry cookies of what was committed and no others, as it is an error's."""
