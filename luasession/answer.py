@@ -99,7 +99,7 @@ class Answer:
         if visit.made is None:
             return
         self._set_cookie(f"{name}_v", str(visit.made), expires, attributes)
-        if visit.others_wrote:
+        if visit.must_confirm():
             window = math.ceil(self._config.cache_ttl or 0) + 1
             response.set_cookie(f"{name}_o", "1", max_age=window, **attributes)
 

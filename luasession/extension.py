@@ -11,7 +11,7 @@ from flask.globals import request_ctx
 
 from . import login
 from .config import read_config
-from .errors import LuaSessionError
+from .errors import LuaSessionError, SessionUnavailable
 from .interface import LuaSessionInterface
 from .session import LuaSession, transaction_of, visit_of
 from .sessions import Sessions
@@ -80,15 +80,23 @@ def _answers_errors(app: Flask) -> Callable[..., Any]:
             replaced = (last and last()) or response
         try:
             answer = process(*context, answer)
-        except LuaSessionError:
+        except LuaSessionError as error:
             # Once more: what comes after the function that reads the session is left out, and nothing more
             # is stored.
-            transaction_of(_session()).drop()
+            transaction = transaction_of(_session())
+            if isinstance(error, SessionUnavailable):
+                transaction.drop()
+            else:
+                transaction.give_up()
             _carry_on(app, answer)
         except Exception:
             _carry_on(app, response)
             raise
-        answer.call_on_close(replaced.close)
+        if replaced is not answer:
+            try:
+                replaced.close()
+            except Exception:
+                app.logger.exception("A response that an error took the place of did not close")
         return answer
 
     return process_response

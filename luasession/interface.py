@@ -44,7 +44,7 @@ def _saves_late(request: Request, session: LuaSession) -> Callable[[], None]:
             transaction_of(session).save_late()
         except Exception:
             # Nobody is there to be told any more but the log.
-            current_app.logger.exception("A change made while the response was sent was not stored")
+            current_app.logger.exception("What was changed while the response was sent met an error")
         request = reference()
         if request is not None:
             type(request).close(request)

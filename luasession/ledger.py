@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from threading import Lock
 from typing import Any, Protocol
 
+from . import merge
 from .codec import is_immutable
 from .conflicts import Conflicts
 from .delta import KEEP, KEPT, Change, Check, Delta, Put
@@ -217,9 +218,17 @@ class Ledger:
         """
         sets: dict[bytes, Put] = {}
         encode, live, reads = self._values.encode, self._live, self._reads
-        # Lists, as another thread of the request may change them meanwhile.
+        # Another thread of the request may change all of these meanwhile: so lists, and what is deleted comes
+        # first; what is gone by then is deleted next time.
+        deletes: dict[bytes, Check] = {}
+        for key in list(self._deletes):
+            if self._may_hold(key):
+                deletes[field_name(key)] = self._check(key)
         for key, (ttl_ms, _) in list(self._sets.items()):
-            raw = encode(key, live[key])
+            value = live.get(key, merge.MISSING)
+            if value is merge.MISSING:
+                continue
+            raw = encode(key, value)
             if key not in reads:
                 sets[field_name(key)] = Put(raw, _UNCHECKED, ttl_ms)
             elif ttl_ms or not self._is_stored(key, raw):
@@ -230,10 +239,8 @@ class Ledger:
                 # Changed in place, a key keeps the end that it was given.
                 kept = KEPT + given.end if given.end else KEEP
                 sets[field_name(key)] = Put(changed, self._check(key), kept)
-        deletes: dict[bytes, Check] = {}
-        for key in list(self._deletes):
-            if self._may_hold(key):
-                deletes[field_name(key)] = self._check(key)
+        if deletes:
+            deletes = {name: check for name, check in deletes.items() if name not in sets}
         return Delta(self._base, self._own, sets, deletes, _NO_READS, self.cleared)
 
     def guarded(self, delta: Delta) -> Delta:
@@ -311,9 +318,12 @@ class Ledger:
     def _changed_in_place(self, key: str, given: Given) -> bytes | None:
         """Return the bytes of a value if they are others than those that it was given with."""
         # Most are only read, and encoding is what costs.
-        if given.fingerprint is not None and given.fingerprint == fingerprint(self._live[key]):
+        value = self._live.get(key, merge.MISSING)
+        if value is merge.MISSING or (
+            given.fingerprint is not None and given.fingerprint == fingerprint(value)
+        ):
             return None
-        raw = self.encoded(key)
+        raw = self._values.encode(key, value)
         return None if self._values.same(raw, given.raw) else raw
 
     def _is_stored(self, key: str, raw: bytes) -> bool:

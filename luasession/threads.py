@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from blinker import NamedSignal
 
     from .visit import Visit
+
+    _Told = tuple[NamedSignal, dict[str, Any]]
+
+_log = logging.getLogger("luasession")
 
 # Seconds beyond the deadline after which another thread is waited for no longer.
 _LONGEST_COMMIT = 5.0
@@ -28,7 +33,7 @@ class OneAtATime:
 
     # How often the thread whose turn it is has entered; what is to be told when it is through.
     _depth = 0
-    _untold: tuple[tuple[NamedSignal, dict[str, Any]], ...] = ()
+    _untold: tuple[_Told, ...] = ()
 
     def __init__(self, visit: Visit) -> None:
         self._visit = visit
@@ -46,31 +51,38 @@ class OneAtATime:
             raise SessionUnavailable("another thread of this request has been committing for too long")
         self._depth += 1
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         """Let the next one go on, and tell what has happened."""
         self._depth -= 1
-        untold: tuple[tuple[NamedSignal, dict[str, Any]], ...] = ()
+        untold: tuple[_Told, ...] = ()
         if self._untold and self._depth == 0:
             untold, self._untold = self._untold, ()
         self._lock.release()
         if untold:
-            self._tell_all(untold)
+            self._tell_all(untold, error)
 
     def tell(self, signal: NamedSignal, **about: Any) -> None:
         """Have a signal sent when this is over: async receivers run in another thread, and may commit."""
         if signal.receivers:
             self._untold = (*self._untold, (signal, about))
 
-    def _tell_all(self, untold: Iterable[tuple[NamedSignal, dict[str, Any]]]) -> None:
-        # What has happened is told whatever a receiver of something else raises.
-        failures = []
+    def _tell_all(self, untold: Iterable[_Told], error: BaseException | None) -> None:
+        # What has happened is told whatever a receiver of something else raises. That takes the place of no
+        # error that is on its way already.
+        failures: list[BaseException] = []
         for signal, about in untold:
             try:
                 self._visit.notify(signal, **about)
-            except Exception as error:  # noqa: BLE001 - it is raised below
-                failures.append(error)
+            except BaseException as failure:  # noqa: BLE001 - it is raised below, or logged
+                failures.append(failure)
+        if not failures:
+            return
         try:
-            if failures:
-                raise failures[0]
+            # A killed greenlet's before all others.
+            first = min(failures, key=lambda failure: isinstance(failure, Exception))
+            if error is None or not isinstance(first, Exception):
+                raise first
+            _log.error("a receiver of a signal failed", exc_info=first)
         finally:
             failures.clear()  # an error that is held by its own frame keeps all of the request
+            del first

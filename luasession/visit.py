@@ -67,7 +67,7 @@ class Visit:
     offered: SessionId | None = None
     #: The version to put into the hint cookie; None to leave the hint alone.
     made: int | None = None
-    # The monotonic nanosecond at which the last commit was sent.
+    # The monotonic nanosecond at which the commit was sent that made it.
     _sent = 0
     #: Whether others were writing meanwhile, so that every process has to confirm.
     others_wrote = False
@@ -238,7 +238,7 @@ class Visit:
         self.unsettled = True
         if delta.principal is not None:
             self._enter(self._id, delta.principal)
-        self._sent = now_ns()
+        sent = now_ns()
         try:
             result = self._store.commit(
                 self._id, delta, caller, rotate_to=rotate_to, offer=offer, meanwhile=self.meanwhile
@@ -253,7 +253,7 @@ class Visit:
                 self._id = self.issued = rotate_to
             if rotate_to or result.offered:
                 self.offered = offer
-            self._note_commit(self._id, delta, result)
+            self._note_commit(self._id, delta, result, sent)
         elif isinstance(result, Refused):
             return self._refused(delta, result)
         return result
@@ -283,7 +283,7 @@ class Visit:
         self.unsettled = True
         if delta.principal is not None:
             self._enter(session_id, delta.principal)
-        self._sent = now_ns()
+        sent = now_ns()
         try:
             result = self._store.commit(session_id, delta, caller, create=True, meanwhile=self.meanwhile)
         except (SessionTooLarge, CorruptSession):
@@ -298,7 +298,7 @@ class Visit:
         self.offered = None
         self.standing = LIVE
         self.ended = False
-        self._note_commit(session_id, delta, result)
+        self._note_commit(session_id, delta, result, sent)
         return result
 
     def destroy(self) -> bool:
@@ -396,9 +396,10 @@ class Visit:
         """Start no session any more: the response is on its way."""
         self._closed = True
         self.meanwhile = None
-        if self.made is not None and now_ns() - self._sent > _PROMPT:
-            # The hint may fall below what others have been told since: every process has to confirm (G9).
-            self.others_wrote = True
+
+    def must_confirm(self) -> bool:
+        """Whether the hint may fall below what others have been told: every process has to confirm."""
+        return self.others_wrote or now_ns() - self._sent > _PROMPT
 
     def withhold(self) -> None:
         """Have the answer carry cookies of what was committed and no others, as it is an error's."""
@@ -416,8 +417,9 @@ class Visit:
         self._touched = True
         self.refreshed = self.refreshed or self.standing is LIVE
 
-    def _note_commit(self, session_id: SessionId, delta: Delta, applied: Applied) -> None:
+    def _note_commit(self, session_id: SessionId, delta: Delta, applied: Applied, sent: int) -> None:
         self._touched = True
+        self._sent = sent
         if not applied.former:
             self.refreshed = self.refreshed or applied.touched
             self.expiry_changed = self.expiry_changed or applied.expiry_changed

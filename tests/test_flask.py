@@ -1056,10 +1056,60 @@ def test_what_an_error_takes_the_place_of_is_closed(make_valkey_app: MakeApp, ne
 
     browser = app.browser()
     browser.run(view, status=413)
-    assert closed == []
+    assert closed == ["new" if new else "old"]
     assert browser.response is not None
     browser.response.close()
-    assert closed == ["new" if new else "old"]
+    assert len(closed) == 1
+
+
+def test_a_page_that_is_sent_again_and_again(
+    make_valkey_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A handler may answer with one and the same response: what it takes the place of is closed once all the same.
+
+    One that fails to close changes nothing about the answer, and is logged.
+    """
+    app = make_valkey_app(SESSION_MAX_BYTES=50)
+    page = Response("too large", 413)
+    app.flask.register_error_handler(413, lambda _error: page)
+    closed: list[int] = []
+
+    def close(number: int) -> None:
+        closed.append(number)
+        if number == 2:
+            raise RuntimeError
+
+    browser = app.browser()
+    for number in range(3):
+
+        def view(number: int = number) -> Response:
+            session["a"] = "x" * 100
+            response = Response("x")
+            response.call_on_close(lambda: close(number))
+            return response
+
+        browser.run(view, status=413)
+        assert closed == [*range(number + 1)]
+    assert "did not close" in caplog.text
+
+
+def test_a_handler_that_answers_with_what_the_view_made(make_valkey_app: MakeApp) -> None:
+    """What is sent in the end is not taken for what was replaced."""
+    app = make_valkey_app(SESSION_MAX_BYTES=50)
+    made: list[Response] = []
+    app.flask.register_error_handler(413, lambda _error: made[0])
+
+    def view() -> Response:
+        session["a"] = "x" * 100
+        made.append(Response("mine"))
+        return made[0]
+
+    browser = app.browser()
+    browser.run(view)
+    assert browser.response is not None
+    assert browser.response.text == "mine"
+    assert browser.set_cookies == {}
+    browser.response.close()
 
 
 def test_a_page_that_is_sent_in_the_end_carries_the_id(make_valkey_app: MakeApp) -> None:

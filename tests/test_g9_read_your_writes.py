@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from itertools import permutations
 
 import pytest
-from flask import session
+from flask import Response, session
 
 from .conftest import Browser, MakeApp
 
@@ -95,6 +96,36 @@ def test_an_answer_long_after_its_commit(make_app: MakeApp, monkeypatch: pytest.
     _take_answer(browser, early)
     assert browser.cookies["session_v"] == "2"
     assert browser.twin(two).run(lambda: session["n"]) == 2
+
+
+@pytest.mark.parametrize("fails", ["after_request", "at the end"])
+def test_the_page_of_an_error_long_after_a_commit(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """The same holds where what follows the commit fails, and for the page of that."""
+    monkeypatch.setattr("luasession.visit._PROMPT", 0)
+    app = make_app(PROPAGATE_EXCEPTIONS=False, SESSION_CONFLICT="raise")
+    browser = app.browser()
+    browser.run(lambda: session.update(n=0))
+    twin = browser.twin()
+
+    def fail(_response: Response) -> Response:
+        raise ValueError
+
+    def view() -> None:
+        session["n"] += 1
+        session.commit()  # type: ignore[attr-defined]
+        if fails == "after_request":
+            app.flask.after_request_funcs.setdefault(None, []).append(fail)
+            return
+        # What is refused is sent promptly, and is not what the hint is of.
+        monkeypatch.setattr("luasession.visit._PROMPT", 100_000_000)
+        time.sleep(0.2)
+        session["n"] += 1
+        twin.run(lambda: session.update(n=50))
+
+    browser.run(view, status=500 if fails == "after_request" else 409)
+    assert {name for name in browser.set_cookies if name != "session"} == {"session_v", "session_o"}
 
 
 def test_a_hint_above_the_version_is_reset(make_app: MakeApp) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -246,6 +247,37 @@ def test_what_cannot_be_stored_names_its_key() -> None:
     with pytest.raises(TypeError, match=r"session\['cart'\] cannot be stored: .*object"):
         ledger.delta()
     assert ledger.changed()
+
+
+@pytest.mark.parametrize("change", ["set", "in place", "set again"])
+def test_a_key_deleted_while_a_delta_is_made(change: str) -> None:
+    """What another thread deletes meanwhile is in this delta or in the next one, and in none both ways."""
+    steps: list[Callable[[], None]] = []
+
+    class Meddling:
+        """Has another thread come between two values."""
+
+        def dumps(self, value: Any) -> Any:
+            while steps:
+                steps.pop()()
+            return CODEC.dumps(value)
+
+        loads = staticmethod(CODEC.loads)
+
+    ledger = Ledger(Source(holding(b=[1])), Values(Meddling()), Policies("overwrite", {}))
+    if change == "set again":
+        ledger.delete("b")
+    ledger.set("a", 1)
+    if change == "set":
+        ledger.set("b", 2)
+    if change == "in place":
+        ledger.get("b").append(2)
+    steps.append(lambda: ledger.set("b", 3) if change == "set again" else ledger.delete("b"))
+    first, second = changes(ledger), changes(ledger)
+    after = {"a": 1, "b": 3 if change == "set again" else merge.MISSING}
+    assert second == after
+    assert first.keys() <= after.keys()
+    assert first["a"] == 1
 
 
 @pytest.mark.parametrize("given", ["", b""])

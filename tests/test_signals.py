@@ -420,3 +420,51 @@ def test_a_receiver_that_fails_keeps_no_other_signal_back(make_app: MakeApp) -> 
         browser.run(view, status=500)
     assert told == ["created"]
     assert browser.run(lambda: dict(session)) == {"x": 1}
+
+
+def test_a_receiver_that_is_killed(make_app: MakeApp) -> None:
+    """A greenlet that is killed in a receiver ends so; what else has happened is told before."""
+
+    class Killed(BaseException):
+        pass
+
+    app = make_app()
+    told: list[str] = []
+
+    def kill(_app: Any, **_: Any) -> None:
+        raise Killed
+
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+
+    def view() -> None:
+        session.regenerate()
+        session["b"] = 1
+
+    with (
+        signals.session_committed.connected_to(kill, app.flask),
+        signals.session_rotated.connected_to(lambda _app, **_: told.append("rotated"), app.flask),
+        pytest.raises(Killed),
+    ):
+        browser.run(view)
+    assert told == ["rotated"]
+
+
+def test_a_receiver_of_a_conflict_that_fails(make_app: MakeApp, caplog: pytest.LogCaptureFixture) -> None:
+    """The conflict is answered as ever, and the receiver's failure is logged."""
+    app = make_app(SESSION_CONFLICT="raise")
+
+    def fail(_app: Any, **_: Any) -> None:
+        raise RuntimeError("mine")
+
+    browser = app.browser()
+    browser.run(lambda: session.update(n=1))
+    twin = browser.twin()
+
+    def view() -> None:
+        session["n"] += 1
+        twin.run(lambda: session.update(n=10))
+
+    with signals.session_conflict.connected_to(fail, app.flask):
+        browser.run(view, status=409)
+    assert "RuntimeError: mine" in caplog.text
