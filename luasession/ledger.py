@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from threading import Lock
 from typing import Any, Protocol
 
-from . import merge
 from .codec import is_immutable
 from .conflicts import Conflicts
 from .delta import KEEP, KEPT, Change, Check, Delta, Put
@@ -24,6 +23,8 @@ from .values import Given, Values, fingerprint
 # A name of its own: looked up in an enumeration it costs as much as the rest of a key.
 _UNCHECKED = Check.NONE
 _NO_READS: frozenset[bytes] = frozenset()
+# In the place of a value that another thread has taken out.
+_GONE = object()
 
 
 class Source(Protocol):
@@ -225,8 +226,8 @@ class Ledger:
             if self._may_hold(key):
                 deletes[field_name(key)] = self._check(key)
         for key, (ttl_ms, _) in list(self._sets.items()):
-            value = live.get(key, merge.MISSING)
-            if value is merge.MISSING:
+            value = live.get(key, _GONE)
+            if value is _GONE:
                 continue
             raw = encode(key, value)
             if key not in reads:
@@ -318,8 +319,8 @@ class Ledger:
     def _changed_in_place(self, key: str, given: Given) -> bytes | None:
         """Return the bytes of a value if they are others than those that it was given with."""
         # Most are only read, and encoding is what costs.
-        value = self._live.get(key, merge.MISSING)
-        if value is merge.MISSING or (
+        value = self._live.get(key, _GONE)
+        if value is _GONE or (
             given.fingerprint is not None and given.fingerprint == fingerprint(value)
         ):
             return None

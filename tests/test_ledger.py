@@ -240,6 +240,14 @@ def test_clearing_reads_nothing() -> None:
     assert ledger.delta() == Delta(cleared=True)
 
 
+def test_what_merge_functions_return_is_no_value() -> None:
+    """``merge.MISSING`` under a key is refused as anything else that cannot be stored, and not left out."""
+    ledger = ledger_of(None)
+    ledger.set("gone", merge.MISSING)
+    with pytest.raises(TypeError, match="'gone'"):
+        ledger.delta()
+
+
 def test_what_cannot_be_stored_names_its_key() -> None:
     """A TypeError with key and type; it counts as changed, so that somebody hears of it."""
     ledger = ledger_of(holding(cart=[]))
