@@ -320,9 +320,7 @@ class Ledger:
         """Return the bytes of a value if they are others than those that it was given with."""
         # Most are only read, and encoding is what costs.
         value = self._live.get(key, _GONE)
-        if value is _GONE or (
-            given.fingerprint is not None and given.fingerprint == fingerprint(value)
-        ):
+        if value is _GONE or (given.fingerprint is not None and given.fingerprint == fingerprint(value)):
             return None
         raw = self._values.encode(key, value)
         return None if self._values.same(raw, given.raw) else raw
