@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flask import current_app
 from flask.sessions import SessionInterface
 from werkzeug.local import LocalProxy
+from werkzeug.wrappers import Request as BaseRequest
 
 from .answer import Answer
 from .clock import now_ns
@@ -38,6 +39,8 @@ def _saves_late(request: Request, session: LuaSession) -> Callable[[], None]:
     """
     # Weakly: a request that holds itself waits for the garbage collector, uploads and all.
     reference = weakref.ref(request)
+    # That of a session which was opened before for the same request, if any.
+    before = vars(request).get("close")
 
     def close() -> None:
         try:
@@ -46,7 +49,9 @@ def _saves_late(request: Request, session: LuaSession) -> Callable[[], None]:
             # Nobody is there to be told any more but the log.
             current_app.logger.exception("What was changed while the response was sent met an error")
         request = reference()
-        if request is not None:
+        if before is not None:
+            before()
+        elif request is not None:
             type(request).close(request)
 
     return close
@@ -89,7 +94,8 @@ class LuaSessionInterface(SessionInterface):
         session = LuaSession(visit, self._values, self._policies)
         if isinstance(request, LocalProxy):
             request = request._get_current_object()  # noqa: SLF001 - documented
-        request.close = _saves_late(request, session)  # type: ignore[method-assign]
+        if isinstance(request, BaseRequest):  # whatever else has the cookies, Flask does not close it
+            request.close = _saves_late(request, session)  # type: ignore[method-assign]
         return session
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:

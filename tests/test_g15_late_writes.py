@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from flask import (
     Blueprint,
     Response,
     copy_current_request_context,
+    request,
     request_finished,
     session,
     stream_with_context,
@@ -387,3 +389,26 @@ def test_a_change_in_place_while_the_commit_is_on_its_way(app: TestApp) -> None:
     finally:
         del calls.run
     assert browser.run(lambda: session["cart"]) == [1, 2]
+
+
+def test_two_sessions_of_one_request(app: TestApp) -> None:
+    """Another session that is opened for a request in its view takes no late change from the request's own."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+
+    def late() -> None:
+        app.flask.session_interface.open_session(app.flask, request)
+        session["late"] = 1
+
+    streamed(browser, late)
+    assert browser.run(lambda: dict(session)) == {"a": 1, "late": 1}
+
+
+def test_a_session_of_what_is_no_request(app: TestApp) -> None:
+    """Whatever has the cookies opens a session; only a request of Flask's has an end at which to store."""
+    browser = app.browser()
+    browser.run(lambda: session.update(a=1))
+    cookies = SimpleNamespace(environ={"HTTP_COOKIE": f"session={browser.cookies['session']}"})
+    with app.flask.test_request_context():
+        opened: Any = app.flask.session_interface.open_session(app.flask, cookies)  # type: ignore[arg-type]
+        assert dict(opened) == {"a": 1}

@@ -134,6 +134,23 @@ def test_a_corrupt_key_reads_as_missing() -> None:
     assert changes(ledger) == {"good": 2, "bad": 3}
 
 
+def test_no_memory_is_no_corrupt_key() -> None:
+    """Where there is no memory to decode a value it is not taken for missing, and so not for one to be replaced."""
+
+    class Full:
+        dumps = staticmethod(CODEC.dumps)
+
+        def loads(self, _raw: bytes) -> Any:
+            raise MemoryError
+
+    source, values = Source(holding(a=[1])), Values(Full())
+    with pytest.raises(MemoryError):
+        Ledger(source, values, Policies("overwrite", {})).get("a")
+    assert source.corrupted == []
+    with pytest.raises(MemoryError):
+        values.decode(b"[1]")
+
+
 def test_metadata_and_foreign_names_are_no_keys() -> None:
     """What holds no session key is not listed; a key with an @ is, under its own name."""
     snapshot = image(1)._replace(fields={b"@@i": raw(1), b"\xff": raw(2), b"a": raw(3)})
