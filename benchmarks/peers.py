@@ -106,15 +106,20 @@ def make_app(name: str, socket: str, data: Mapping[str, Any], **config: Any) -> 
 
 
 class Peer:
-    """An app under one kind of session, and a browser that calls it without a network."""
+    """An app under one kind of session, and a browser that calls it without a network.
 
-    def __init__(self, name: str, socket: str, data: Mapping[str, Any], **config: Any) -> None:
+    :param start: the path that begins the session: ``/plain`` for one of its data alone.
+    """
+
+    def __init__(
+        self, name: str, socket: str, data: Mapping[str, Any], *, start: str = "/start", **config: Any
+    ) -> None:
         self.flask = make_app(name, socket, data, **config)
         #: What is called: the app, or what was put around it.
         self.app: Callable[..., Iterable[bytes]] = self.flask
         self.jar: dict[str, str] = {}
         self.body = b""
-        self.call("/start")
+        self.call(start)
 
     def call(self, path: str, jar: dict[str, str] | None = None) -> float:
         """Send one request, and return the seconds that the app took for it.

@@ -118,7 +118,7 @@ def time_of(kind: str, socket: str, calls: int) -> list[Row]:
 
 def _bare_commits(client: redis.Redis, clock: _Clock, peer: Peer, calls: int) -> tuple[int, int]:
     """Run the commands of a commit on a copy of a session; the app works in between, as it does otherwise."""
-    ours = next(name for name in client.scan_iter("session:*") if client.hexists(name, "@v"))
+    ours = next(name for name in client.scan_iter("session:*") if client.hexists(name, "@r"))
     stored = client.hgetall(ours)
     client.hset("bare", mapping=stored)
     sha = client.script_load(_BARE)
@@ -160,7 +160,7 @@ def memory(kind: str, socket: str) -> list[Row]:
         for shape, data in SHAPES.items():
             for name, prefix in ((RIVAL, "fs:"), (COLD, "session:")):
                 client.flushdb()
-                peer = Peer(name, socket, data)
+                peer = Peer(name, socket, data, start="/plain")
                 [key] = client.keys(f"{prefix}*")
                 new = client.memory_usage(key, samples=0)
                 for _ in range(20):

@@ -32,7 +32,8 @@ _MIXED: list[Any] = [
     None,
 ]
 
-#: What a session holds, by the name of its shape; beside it each has a number and a small cart to change.
+#: What a session holds, by the name of its shape; beside it each has a number and a small cart to
+#: change, except where memory is measured.
 SHAPES: dict[str, dict[str, Any]] = {
     "8 x 40 B": {f"key{n}": "v" * 38 for n in range(8)},
     "30 mixed": {f"key{n}": _MIXED[n % len(_MIXED)] for n in range(30)},
@@ -75,6 +76,10 @@ def install(app: Flask, data: Mapping[str, Any]) -> None:
         session.update(data, count=0, cart={"items": [1, 2, 3], "changes": 0})
         return "x"
 
+    def plain() -> str:
+        session.update(data)
+        return "x"
+
     def write() -> str:
         session["key1"] = f"{next(numbers):038}"
         return "x"
@@ -88,6 +93,7 @@ def install(app: Flask, data: Mapping[str, Any]) -> None:
     for path, view in {
         "/untouched": lambda: "x",
         "/start": start,
+        "/plain": plain,
         "/read": _read,
         "/all": _read_all,
         "/write": write,

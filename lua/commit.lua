@@ -97,18 +97,25 @@ local opened = now_us - age
 
 -- What is used rarely is read only if the state says that there is any of it.
 local meta = redis.call('HMGET', session, '@i', '@v', '@r', '@j')
-local identity, state, ring, journal = meta[1], meta[2], meta[3] or '', meta[4] or ''
+local identity, state, ring, journal = meta[1], meta[2], meta[3], meta[4]
 local formers, cleared, own_lifetime, principal, label, deadlines = '', false, false, false, false, false
 local pending = false
 
 local version, last_id, committed, touched, ends, bytes, permanent, fields = 0, NONE, 0, 0, 0, 0, 0, 0
 if identity then
-  if #identity ~= IDENTITY_BYTES or identity:byte() ~= FORMAT or not state or #state ~= STATE_BYTES
-      or #ring < RING_HEAD or #journal < 8 then
+  if #identity ~= IDENTITY_BYTES or identity:byte() ~= FORMAT or not state or #state ~= STATE_BYTES then
     return {'corrupt', write_id, now_us}
   end
   local rare
   version, last_id, committed, touched, ends, bytes, permanent, rare, fields = parse(STATE, state)
+  -- Many sessions see one commit only. Until the second they keep no ring and no journal: @v has both.
+  if version == 1 then
+    ring = ring or pack(RING, 0, committed, 0) .. last_id
+    journal = journal or state:sub(1, 8)
+  end
+  if not ring or #ring < RING_HEAD or not journal or #journal < 8 then
+    return {'corrupt', write_id, now_us}
+  end
   if rare == 1 then
     local more = redis.call('HMGET', session, '@f', '@c', '@e', '@p', '@l', '@x', '@n')
     formers, cleared, own_lifetime = more[1] or '', more[2], more[3]
@@ -444,32 +451,29 @@ end
 
 -- A quiet session keeps ring and journal short, so that it stays in the compact encoding (values up to 64
 -- bytes); where many commit at once the journal reaches back further, as their bases do.
-local quiet = now_us - committed >= RECENT and after <= 2048
-local lagging = base_version and not create and version - 1 - base_version > FEW
-local limit = quiet and QUIET or (lagging or #journal > BUSY) and CROWDED or BUSY
+if not create then
+  local quiet = now_us - committed >= RECENT and after <= 2048
+  local lagging = base_version and version - 1 - base_version > FEW
+  local limit = quiet and QUIET or (lagging or #journal > BUSY) and CROWDED or BUSY
 
--- The ring lets go of what is no longer recent: what was there at the mark, once that is long enough ago, or
--- there is no more room. When those came the mark bounds, so that it is the floor of what is left.
-if create then ring = pack(RING, 0, now_us, 0) end
-if #ring + 8 > (quiet and QUIET or RING_BUSY) then
-  local floor, mark, before = parse(RING, ring)
-  local ids, dropped = (#ring - RING_HEAD) / 8, nil
-  if quiet then
-    dropped = math.max(ids - 3, 0)
-    floor = committed
-  elseif before == 0 or now_us - mark >= RECENT or #ring + 8 > RING_MOST then
-    dropped = before
-    if before > 0 then floor = mark end
+  -- The ring lets go of what is no longer recent: what was there at the mark, once that is long enough ago,
+  -- or there is no more room. When those came the mark bounds, so that it is the floor of what is left.
+  if #ring + 8 > (quiet and QUIET or RING_BUSY) then
+    local floor, mark, before = parse(RING, ring)
+    local ids, dropped = (#ring - RING_HEAD) / 8, nil
+    if quiet then
+      dropped = math.max(ids - 3, 0)
+      floor = committed
+    elseif before == 0 or now_us - mark >= RECENT or #ring + 8 > RING_MOST then
+      dropped = before
+      if before > 0 then floor = mark end
+    end
+    if dropped then
+      ring = pack(RING, floor, committed, ids - dropped) .. ring:sub(RING_HEAD + 1 + 8 * dropped)
+    end
   end
-  if dropped then
-    ring = pack(RING, floor, committed, ids - dropped) .. ring:sub(RING_HEAD + 1 + 8 * dropped)
-  end
-end
-ring = ring .. write_id
+  ring = ring .. write_id
 
-if create then
-  journal = pack('>I4c4', version, write_id)
-else
   local entry
   if not clear and fields_changed < EVERYTHING then
     entry = pack('>c4B', write_id, fields_changed)
@@ -524,8 +528,12 @@ if clear and not create then
   redis.call('HSET', session, '@v', state)
   redis.call('DEL', session)
 end
-redis.call('HSET', session, '@v', new_state, '@r', ring, '@j', journal,
-  unpack(writes, 1, math.min(#writes, CHUNK)))
+if create then
+  redis.call('HSET', session, '@v', new_state, unpack(writes, 1, math.min(#writes, CHUNK)))
+else
+  redis.call('HSET', session, '@v', new_state, '@r', ring, '@j', journal,
+    unpack(writes, 1, math.min(#writes, CHUNK)))
+end
 for first = CHUNK + 1, #writes, CHUNK do
   redis.call('HSET', session, unpack(writes, first, math.min(first + CHUNK - 1, #writes)))
 end

@@ -142,8 +142,10 @@ end
 -- What changed since the base, by the journal; nil if the base is not in it, as a pair.
 local names
 if base ~= '' then
-  local journal = redis.call('HGET', session, '@j') or ''
-  if #journal < 8 then return {'corrupt', call_id, now_us} end
+  local journal = redis.call('HGET', session, '@j')
+  -- A session of one commit has no journal yet: it follows from @v, see commit.lua.
+  if version == 1 then journal = journal or state:sub(1, 8) end
+  if not journal or #journal < 8 then return {'corrupt', call_id, now_us} end
   local base_version, prefix = parse('>I4c4', base)
   local number, floor_id = parse('>I4c4', journal)
   local known, everything = base_version == number and prefix == floor_id, false

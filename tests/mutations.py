@@ -219,19 +219,40 @@ MUTATIONS = (
         _valkey("test_g3_same_key.py::test_an_own_commit_is_no_conflict"),
     ),
     Mutation(
+        "ring of a creation",
+        "commit",
+        "ring = ring or pack(RING, 0, committed, 0) .. last_id",
+        "ring = ring or pack(RING, 0, committed, 0)",
+        _valkey("test_g6_exactly_once.py::test_a_session_of_one_commit_keeps_no_ring"),
+    ),
+    Mutation(
+        "journal of a creation",
+        "commit",
+        "journal = journal or state:sub(1, 8)",
+        "journal = journal or state:sub(1, 4) .. state:sub(1, 4)",
+        _valkey("test_g3_same_key.py::test_the_creation_is_in_the_journal"),
+    ),
+    Mutation(
+        "journal of a creation in a load",
+        "load",
+        "if version == 1 then journal = journal or state:sub(1, 8) end",
+        "",
+        _valkey("test_lost_future.py::test_a_change_on_what_is_lost_is_read_whole"),
+    ),
+    Mutation(
         "HSET before a deletion",
         "commit",
-        "redis.call('HSET', session, '@v', new_state,",
+        "redis.call('HSET', session, '@v', new_state, '@r',",
         "if #removed > 0 and not clear then redis.call('HDEL', session, removed[1]) end\n"
-        "redis.call('HSET', session, '@v', new_state,",
+        "redis.call('HSET', session, '@v', new_state, '@r',",
         ("test_g14_redis_down.py::test_out_of_memory_changes_nothing[valkey-9.1-delete and set]",),
     ),
     Mutation(
         "HSET before a new TTL",
         "commit",
-        "redis.call('HSET', session, '@v', new_state,",
+        "redis.call('HSET', session, '@v', new_state, '@r',",
         "if due then redis.call('PEXPIRE', session, ends - now) end\n"
-        "redis.call('HSET', session, '@v', new_state,",
+        "redis.call('HSET', session, '@v', new_state, '@r',",
         ("test_g14_redis_down.py::test_out_of_memory_changes_nothing[valkey-9.1-new lifetime]",),
     ),
     Mutation(

@@ -212,6 +212,13 @@ def test_overlapping_flashes_all_arrive(app: TestApp) -> None:
     assert browser.run(get_flashed_messages) == []
 
 
+def test_the_creation_is_in_the_journal(make_app: MakeApp) -> None:
+    """What was read of a session that had just been created is known to be unchanged by a second commit elsewhere."""
+    app = make_app(SESSION_CONFLICT="raise")
+    after = overlap(app, lambda: session.update(other=1), lambda: session["key"].append("ours"))
+    assert after == {"key": ["base", "ours"], "count": 5, "other": 1}
+
+
 def test_a_conflict_beyond_the_journal_is_still_one(make_app: MakeApp) -> None:
     """A base that the journal no longer reaches counts as changed under "raise"."""
     app = make_app(SESSION_CONFLICT="raise")

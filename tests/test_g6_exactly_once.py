@@ -449,6 +449,30 @@ def test_one_creation_twice(raw: Raw, resend_us: int) -> None:
     assert version_of(second) == raw.version == 1
 
 
+def test_a_session_of_one_commit_keeps_no_ring(raw: Raw) -> None:
+    """Ring and journal are kept from the second commit on, and the creation is found in them as well."""
+    assert raw.client.hgetall(raw.key).keys().isdisjoint({b"@r", b"@j"})
+    created = raw.commit(b"creation", resend_us=5000, create=True)
+    assert created[0] == b"applied"
+    for number in range(2, 8):
+        assert version_of(raw.commit(b"number-%d" % number)) == number
+    assert raw.client.hgetall(raw.key).keys() >= {b"@r", b"@j"}
+    stored = raw.client.hgetall(raw.key)
+    again = raw.commit(b"creation", resend_us=5000, create=True)
+    assert (again[0], version_of(again), again[4]) == (b"applied", version_of(created), bytes(12))
+    assert raw.client.hgetall(raw.key) == stored
+
+
+@pytest.mark.parametrize("field", [b"@r", b"@j"])
+def test_a_session_that_has_lost_its_ring(raw: Raw, field: bytes) -> None:
+    """After a second commit a session without ring or journal is not one: nothing is guessed."""
+    raw.commit(b"number-2")
+    raw.client.hdel(raw.key, field)
+    stored = raw.client.hgetall(raw.key)
+    assert raw.commit(b"number-3")[0] == b"corrupt"
+    assert raw.client.hgetall(raw.key) == stored
+
+
 def test_the_store_called_twice_with_one_write_id(app: TestApp, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store gives the same result for the same write id, and the session counts one commit."""
     store, session_id = store_of(app), new_session_id(32)

@@ -49,6 +49,14 @@ def test_what_is_lost_is_not_shown(make_app: MakeApp, ttl: float | None) -> None
         assert browser.cookies["session_v"] == "1"
 
 
+@pytest.mark.usefixtures("nothing_is_small")
+def test_a_change_on_what_is_lost_is_read_whole(make_app: MakeApp) -> None:
+    """A process that has cached a lost version is sent all there is, of a session that is only just created too."""
+    app = make_app(SESSION_CACHE_TTL=0)
+    browser = lose_one(app, n=2, lost=True)
+    assert browser.run(lambda: (dict(session), session.version)) == ({"n": 1, "log": ["kept"]}, 1)
+
+
 def test_a_cached_one_is_shown_for_the_window_at_most(make_app: MakeApp) -> None:
     """In the process that had cached it the lost version ends with the trust window; elsewhere it is not there."""
     import time
