@@ -6,8 +6,8 @@
 -- ARGV[2]   digest of the secret, 32 bytes; empty: whatever is current
 -- ARGV[3]   numbers, packed: age of the request in microseconds; microseconds since the first sending of
 --           this commit (0: this is the first); flags (1 create the session, 2 clear it before the fields
---           are set, 4 requests open at a rotation may still commit, 8 the touch interval is the default, so
---           that a lifetime of its own shortens it, 16 replicas are waited for); idle lifetime in ms, where
+--           are set, 4 requests open at a rotation may still commit, 8 the touch interval is the default, which
+--           goes by a lifetime of its own where there is one, 16 replicas are waited for); idle lifetime in ms, where
 --           the session has none of its own; touch interval in ms; absolute lifetime of a new session in ms
 --           (0: none); grace time for former digests and empty sessions in ms; most bytes of the session,
 --           names and values
@@ -88,6 +88,7 @@ local QUIET, BUSY, CROWDED = 64, 256, 768        -- bytes of the journal
 local RING_BUSY, RING_MOST = 512, 1024           -- bytes of the ring, QUIET of a quiet session's
 local FEW = 8                                    -- commits that may lie between base and commit in no crowd
 local NEVER = 2 ^ 47                             -- a touch interval: this is no use of the session
+local TOUCH = 60000                              -- ms, the default touch interval at most
 local CHUNK = 7000                               -- arguments that unpack takes
 
 local clock = redis.call('TIME')
@@ -399,6 +400,9 @@ local rotates = new_digest ~= '' and not create
 if promoted or rotates then
   local function replace_digest(by, may, limit)
     local kept = {pack(FORMER, current_digest, now_us, now + grace, may)}
+    -- An offered secret may be on its way to the browser, or there already: it ends as the current one does.
+    local offered = pending and pending:sub(1, 32)
+    if offered and offered ~= by then kept[2] = pack(FORMER, offered, now_us, now + grace, may) end
     for place = 1, #formers - FORMER_BYTES + 1, FORMER_BYTES do
       local former, moment, grace_end, may_still = parse(FORMER, formers, place)
       if now < grace_end and #kept < 4 then
@@ -508,7 +512,8 @@ end
 -- Emptied key by key it lives on for the grace time: a parallel request may be adding a key (G1).
 local lifetime = own_lifetime and tonumber(own_lifetime) or default_lifetime
 if own_lifetime and touch_interval < NEVER then
-  touch_interval = math.min(touch_interval, math.floor(lifetime / (by_default and 20 or 2)))
+  touch_interval = by_default and math.min(TOUCH, math.floor(lifetime / 20))
+    or math.min(touch_interval, math.floor(lifetime / 2))
 end
 local emptied = fields == 0 and not principal and not create
 if emptied then lifetime = math.min(lifetime, grace) end

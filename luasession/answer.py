@@ -7,6 +7,7 @@ enough for that.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +58,11 @@ class Answer:
         # An interface of the app's own may fail, take its time or read the session; so it is not asked while
         # a commit is on its way.
         kind: Any = type(self._interface)
-        if _has_rules_of_flask(kind):
-            self._attributes = self._read_attributes()
-            self._end = _end_of_cookie(**self._attributes)
+        # A setting that is none is met again when the cookies are written, and told then.
+        with suppress(Exception):
+            if _has_rules_of_flask(kind):
+                self._attributes = self._read_attributes()
+                self._end = _end_of_cookie(**self._attributes)
 
     def write(self, session: LuaSession) -> None:
         """Set the cookies that are due, and say on what the answer depends."""

@@ -114,10 +114,16 @@ class SnapshotCache:
             self._store(handle, Entry(snapshot, sent), place)
             return snapshot
 
-    def drop(self, handle: str) -> None:
-        """Forget a session."""
+    def drop(self, handle: str, digest: bytes = b"") -> None:
+        """Forget a session.
+
+        :param digest: forget it only if that is its secret's, so that whoever made up a secret for a handle
+            takes nothing from its owner. Empty: whatever it is.
+        """
         with self._lock:
-            self._places.pop(handle, None)
+            place = self._look(handle)
+            if place is not None and (not digest or same_digest(place.entry.snapshot.digest, digest)):
+                del self._places[handle]
 
     def _look(self, handle: str) -> _Place | None:
         # The plain cache's look-up: by that of LRUCache the entry would count as used.

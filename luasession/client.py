@@ -168,8 +168,7 @@ def connect(config: Config, name: str, greet: Callable[[Connections], None] | No
     :raise ConfigurationError: if the kind of client or URL is not one that works here.
     """
     seconds = config.redis_timeout
-    # A client of the app's own may wait for a hung server for longer than a request is to wait for Redis.
-    at_most = max(config.redis_deadline, seconds + config.wait_timeout_ms / 1000)
+    at_most = config.socket_seconds
     ready = config.redis
     if ready is None and is_location(config.redis_url):
         where = read_location(config.redis_url, "SESSION_REDIS_URL")
@@ -292,7 +291,7 @@ def _settings(config: Config) -> dict[str, Any]:
     """Return what connections that luasession makes for a URL are made with."""
     options: dict[str, Any] = {
         "protocol": 2,
-        "socket_timeout": config.redis_timeout,
+        "socket_timeout": config.answer_seconds,
         "socket_connect_timeout": config.redis_timeout,
         "retry": Retry(NoBackoff(), 0),
     }

@@ -84,6 +84,22 @@ class Config:
     #: Milliseconds to wait for them, over 0 (which Redis takes for "for ever").
     wait_timeout_ms: int = 100
 
+    @property
+    def answer_seconds(self) -> float:
+        """Seconds that a server may take to answer, replicas included."""
+        return self.redis_timeout + (self.wait_timeout_ms / 1000 if self.wait_replicas else 0)
+
+    @property
+    def socket_seconds(self) -> float:
+        """Seconds that a connection waits for its server at most."""
+        # A client of the app's own may wait for a hung server for longer than a request is to wait for Redis.
+        return self.answer_seconds if self.redis is None else max(self.redis_deadline, self.answer_seconds)
+
+    @property
+    def call_seconds(self) -> float:
+        """Seconds that one call takes at most: the deadline, and a last attempt that began within it."""
+        return self.redis_deadline + 2 * self.socket_seconds  # it connects, and waits for the answer
+
     def touch_ms(self, lifetime_ms: int, own_ms: int | None = None) -> int:
         """Return the milliseconds between two refreshes of a session's TTL.
 
@@ -135,6 +151,12 @@ def read_config(settings: Mapping[str, Any]) -> Config:
         raise ConfigurationError(
             f"SESSION_RENEW_AFTER ({config.renew_after_ms / 1000:g} s) must be longer than "
             f"SESSION_ROTATION_GRACE ({config.grace_ms / 1000:g} s)"
+        )
+    wait_s, most_s = config.wait_timeout_ms / 1000, max(config.redis_deadline, config.redis_timeout)
+    if config.wait_replicas and wait_s > most_s:
+        raise ConfigurationError(
+            f"SESSION_WAIT_TIMEOUT ({wait_s:g} s) must not be longer than "
+            f"SESSION_REDIS_DEADLINE ({most_s:g} s), the time that a request waits for Redis in all"
         )
     return config
 

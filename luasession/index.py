@@ -32,8 +32,9 @@ class PrincipalIndex:
     def __init__(self, config: Config, calls: Calls) -> None:
         self._config = config
         self._calls = calls
-        # A request lasts no longer once it waits for Redis, so that by twice that its log-in is through.
-        self._youth_ms = math.ceil(config.redis_deadline * 2000)
+        # A log-in enters its session anew where the entry is older than one call may take, then commits: by
+        # twice that time it is through.
+        self._youth_ms = math.ceil(config.call_seconds * 2000)
 
     def enter(self, principal: str, handle: str, caller: Caller) -> list[Entry]:
         """Enter a session, before it says whose it is, and return a few of the oldest entries.

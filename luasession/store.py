@@ -99,12 +99,20 @@ class Store:
         here = self._here
         if not session_id.digest:
             return self._load(session_id, b"", caller, None)
-        entry = None if self._config.cache_ttl is None else here.cache.get(session_id)
-        if entry is None or (offer is None and self._is_cheap(entry.snapshot, session_id, caller)):
+        held, is_cheap = None, True
+        if self._config.cache_ttl is not None:
+            if (entry := here.cache.get(session_id)) is not None:
+                held = entry.snapshot
+                is_cheap = offer is None and self._is_cheap(held, session_id, caller)
+            elif (held := here.cache.peek(session_id.handle)) is not None:
+                # Under another secret: rotated elsewhere, or somebody who has seen the handle made up a
+                # secret. The script tells, and sends nothing to whoever does not know the right one.
+                is_cheap = False
+        if is_cheap:
             snapshot = self._read_whole(session_id, caller)
             if snapshot is not None:
                 return Loaded(LIVE, snapshot)
-        return self._load(session_id, session_id.digest, caller, entry and entry.snapshot, offer)
+        return self._load(session_id, session_id.digest, caller, held, offer)
 
     def confirm(
         self, session_id: SessionId, snapshot: Snapshot, caller: Caller, offer: SessionId | None = None
@@ -162,7 +170,7 @@ class Store:
         )
         if code not in _SNAPSHOTS:
             here.stats.add("loads")
-            here.cache.drop(session_id.handle)
+            here.cache.drop(session_id.handle, b"" if code == Code.GONE else digest)
             return Loaded(_standing(code))
         identity, state, former, flags, *items = found
         here.stats.add("loads", sum(len(item) for item in (items[0] if code == Code.FULL else items) if item))
@@ -237,13 +245,15 @@ class Store:
             here.cache.drop(handle)
             raise
         if code != APPLIED:
-            return self._not_applied(handle, delta, code, rest)
+            return self._not_applied(session_id, delta, code, rest)
         here.stats.add("commits", sum(map(len, packed)))
         expected = rotate_to.digest if rotate_to else digest
         fresh = create or delta.cleared
         return self._applied(handle, write_id, delta, draft, rest, now_us // 1000, sent, expected, fresh)
 
-    def _not_applied(self, handle: str, delta: Delta, code: bytes, rest: list[Any]) -> Conflicting | Refused:
+    def _not_applied(
+        self, session_id: SessionId, delta: Delta, code: bytes, rest: list[Any]
+    ) -> Conflicting | Refused:
         if code == Code.CONFLICT:
             _identity, state, *items = rest
             current = _paired(items)
@@ -255,7 +265,7 @@ class Store:
             raise SessionTooLarge(rest[0], self._config.max_bytes)
         if code == Code.UNKNOWN:
             raise SessionUnavailable("whether the commit was applied is no longer known")
-        self._here.cache.drop(handle)
+        self._here.cache.drop(session_id.handle, b"" if code == Code.GONE else session_id.digest)
         return Refused(_standing(code), was_open=bool(rest and rest[0]))
 
     def _applied(
@@ -322,9 +332,15 @@ class Store:
         def arguments(_age: int, resend: int) -> tuple[bytes, ...]:
             return (digest, b"%d" % resend, b"%d" % self._config.grace_ms, wanted, b"%d" % always, waited_for)
 
-        _sent, (code, *_) = self.calls.run("destroy", handle, new_write_id(), caller, arguments)
-        self._here.cache.drop(handle)
-        return bool(code == Code.DESTROYED)
+        cache = self._here.cache
+        try:
+            _sent, (code, *_) = self.calls.run("destroy", handle, new_write_id(), caller, arguments)
+        except BaseException:
+            cache.drop(handle)  # it may have ended all the same
+            raise
+        destroyed = bool(code == Code.DESTROYED)
+        cache.drop(handle, b"" if destroyed else digest)
+        return destroyed
 
     # -- principals -----------------------------------------------------------
 
@@ -333,7 +349,9 @@ class Store:
 
         :raise SessionUnavailable: if Redis does not answer within the deadline.
         """
-        snapshot = self.load(SessionId.without_secret(handle), caller).snapshot
+        # Looking is no use of it: a log-in elsewhere keeps no session alive (G13).
+        looking = caller._replace(uses=False)
+        snapshot = self.load(SessionId.without_secret(handle), looking).snapshot
         return snapshot if snapshot is not None and snapshot.principal == principal else None
 
     def enter(self, principal: str, handle: str, caller: Caller) -> None:

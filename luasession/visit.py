@@ -339,7 +339,7 @@ class Visit:
         entered = self._entered
         if entered is None or entered[:2] != (principal, handle):
             return False
-        return now_ns() - entered[2] <= self.config.redis_deadline * 1e9
+        return now_ns() - entered[2] <= self.config.call_seconds * 1e9
 
     def _move_entry(self, session_id: SessionId, change: Change | None) -> None:
         principal = change.value if change else None

@@ -433,7 +433,9 @@ class _Life:
         over = self._rotations_over(record)
         if self._has_ended(record) or (record.op == "rotate" and over):
             return
-        if self._knew_nothing(record) and (why := self._too_late(record)):
+        # Who was open before all of them is told that there is a session, however many they were.
+        began_late = any(other.start < record.start for other in over)
+        if began_late and self._knew_nothing(record) and (why := self._too_late(record)):
             yield self.fault(Kind.LIMIT, f"{record.key} began a session of its own {why}", *over, record)
         else:
             message = f"a new session was begun under a live id, {len(over)} rotations later"

@@ -219,6 +219,16 @@ MUTATIONS = (
         _valkey("test_g3_same_key.py::test_an_own_commit_is_no_conflict"),
     ),
     Mutation(
+        "cancelled offer",
+        "commit",
+        "if offered and offered ~= by then",
+        "if false then",
+        (
+            "test_renewal.py::test_a_cancelled_offer_logs_nobody_out[valkey-9.1-blind write]",
+            "test_renewal.py::test_a_cancelled_offer_still_logs_out[valkey-9.1-destroy]",
+        ),
+    ),
+    Mutation(
         "ring of a creation",
         "commit",
         "ring = ring or pack(RING, 0, committed, 0) .. last_id",
@@ -363,8 +373,8 @@ MUTATIONS = (
     Mutation(
         "interval of a short lifetime",
         "commit",
-        "(by_default and 20 or 2)",
-        "(by_default and 20 or 0.001)",
+        "math.floor(lifetime / 2)",
+        "math.floor(lifetime / 0.001)",
         ("test_g13_expiry.py::test_a_lifetime_shorter_than_the_set_interval_slides[valkey-9.1-write-60]",),
     ),
     Mutation(

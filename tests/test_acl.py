@@ -11,18 +11,24 @@ import pytest
 import redis
 import valkey
 from flask import session
+from redis.crc import key_slot
 
 from luasession import SessionConflict, SessionGone, SessionUnavailable, merge, retry_on_conflict
 from luasession.client import Patience
+from luasession.config import Config
 from luasession.scripts import script
 
-from .conftest import TestApp
+from .conftest import GUARANTEED, TestApp
 from .readme import readme
-from .servers import Server, standalone
+from .servers import ClusterTopology, Server, standalone
+
+Clusters = Callable[[str], ClusterTopology]
 
 [LINE] = re.findall(r"^ACL SETUSER .*$", readme(), re.MULTILINE)
 USER, PASSWORD = re.findall(r"SETUSER (\S+) .*>(\S+)", LINE)[0]
 RIGHTS = re.findall(r" \+(\S+)", LINE)
+# What a cluster needs as well.
+[ON_A_CLUSTER] = re.findall(r"a cluster `(\+[^`]*)`", readme())
 #: What the client library sends by itself is none of luasession's; this is all that luasession sends.
 SENT = {"eval", "evalsha", "script|load", "time", "hgetall"}
 
@@ -58,6 +64,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail(f"tried again after {error!r}")
 
     monkeypatch.setattr(Patience, "wait", wait)
+
+
+@pytest.fixture
+def nothing_is_young(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No entry of an index is too young to be taken out."""
+    monkeypatch.setattr(Config, "call_seconds", 0.0)
 
 
 def live(app: TestApp) -> None:
@@ -136,24 +148,25 @@ LIFE = {
     "SESSION_MERGE": {"hits": merge.add, "strict": "raise"},
     "SESSION_TOUCH_INTERVAL": 0,
     "SESSION_CACHE_TTL": 0,
-    "SESSION_REDIS_DEADLINE": 0,  # so that no entry of the index is too young to be taken out
 }
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("impatient", "nothing_is_young")
 def test_a_whole_life_with_the_rights_of_the_readme(guarded: Server) -> None:
     """The user of the README leads sessions from their creation to their end, by the URL that stands there."""
     grant(guarded)
     app = app_on(guarded, **LIFE)
-    live(app)
+    with guarded.counting() as commands:
+        live(app)
     assert app.stats()["script_reloads"] == 0
+    assert {name.lower().replace(" ", "|") for name in commands.names} == SENT - {"eval"}
     with guarded.client() as client:
         assert client.acl_log() == []
         assert {key.split(b":")[0] for key in client.scan_iter()} <= {b"session"}
 
 
 @pytest.mark.parametrize("absolute", [None, 3600])
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("impatient", "nothing_is_young")
 def test_a_whole_life_without_script_load(guarded: Server, absolute: float | None) -> None:
     """Where SCRIPT LOAD is refused each script goes as text once, and everything works."""
     grant(guarded, "-script|load" if guarded.kind != "redis-6.2" else "-script")
@@ -189,6 +202,34 @@ def test_the_line_grants_what_is_used_and_no_more() -> None:
             command.lower() for command in re.findall(r"redis\.p?call\('(\w+)'", script(name).text.decode())
         }
     assert sorted(RIGHTS) == sorted(called | SENT)
+
+
+@pytest.mark.parametrize("kind", GUARANTEED)
+def test_a_cluster_with_the_rights_of_the_readme(clusters: Clusters, kind: str) -> None:
+    """With what the README grants on top a session is followed through the move of its slot."""
+    cluster = clusters(kind)
+    for node in cluster.servers:
+        with node.client() as client:
+            client.execute_command(*LINE.split(), *ON_A_CLUSTER.split())
+            client.acl_log_reset()
+    try:
+        url = cluster.url.replace("://", f"://{USER}:{PASSWORD}@")
+        app = TestApp(
+            cluster, {"SESSION_REDIS_URL": url, "SESSION_REDIS_DEADLINE": 10, "SESSION_CACHE_TTL": 0}
+        )
+        browser = app.browser()
+        browser.run(lambda: session.update(log=[]))
+        key = app.prefix + browser.cookies["session"].partition(".")[0]
+        for step in cluster.move(key_slot(key.encode()), cluster.spare):
+            browser.run(lambda step=step: session["log"].append(step))
+        assert browser.run(lambda: session["log"])[-2:] == ["node", "done"]
+        for node in cluster.servers:
+            with node.client() as client:
+                assert client.acl_log() == []
+    finally:
+        for node in cluster.servers:
+            with node.client() as client:
+                client.execute_command("ACL", "DELUSER", USER)
 
 
 # The rights without which what is done here cannot be, and a request that meets their absence.

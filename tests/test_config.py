@@ -251,6 +251,40 @@ def test_a_merge_policy_is_for_one_key(policy: Any) -> None:
         read_config({"SESSION_MERGE": {"cart": policy}})
 
 
+# -- replicas --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"SESSION_WAIT_TIMEOUT": 100}, "(100 s) must not be longer than SESSION_REDIS_DEADLINE (2 s)"),
+        ({"SESSION_WAIT_TIMEOUT": 3, "SESSION_REDIS_DEADLINE": 2.5}, "SESSION_REDIS_DEADLINE (2.5 s)"),
+    ],
+)
+def test_a_wait_for_replicas_fits_into_the_deadline(settings: dict[str, Any], message: str) -> None:
+    """It is in seconds, and one that is longer than a request waits for Redis in all is refused."""
+    with pytest.raises(ConfigurationError, match="SESSION_WAIT_TIMEOUT") as caught:
+        read_config({"SESSION_WAIT_REPLICAS": 1, **settings})
+    assert message in str(caught.value)
+    assert read_config({"SESSION_WAIT_REPLICAS": 0, **settings}).wait_replicas == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer", "call"),
+    [
+        ({}, 1.0, 4.0),
+        ({"SESSION_WAIT_TIMEOUT": 1}, 1.0, 4.0),  # of no replica
+        ({"SESSION_WAIT_REPLICAS": 1, "SESSION_WAIT_TIMEOUT": 1}, 2.0, 6.0),
+        ({"SESSION_REDIS_DEADLINE": 0, "SESSION_REDIS_TIMEOUT": 5}, 5.0, 10.0),
+        ({"SESSION_REDIS": redis.Redis(), "SESSION_REDIS_DEADLINE": 3}, 1.0, 9.0),
+    ],
+)
+def test_what_a_call_takes_at_most(settings: dict[str, Any], answer: float, call: float) -> None:
+    """The server's answer, replicas included; and all attempts, of which the last begins within the deadline."""
+    config = read_config(settings)
+    assert (config.answer_seconds, config.call_seconds) == (answer, call)
+
+
 # -- durations -------------------------------------------------------------------------------
 
 

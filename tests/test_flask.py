@@ -46,6 +46,21 @@ from .test_g15_late_writes import streamed
 # -- session_transaction and request contexts ---------------------------------------------------------------
 
 
+def test_a_cookie_setting_that_is_none(make_app: MakeApp, caplog: pytest.LogCaptureFixture) -> None:
+    """A misspelt attribute is an error of the answer, and leaves the connection that a commit came by in step."""
+    app = make_app()
+    app.browser().run(lambda: session.update(a=1))
+    assert app.server is not None
+    with app.server.client() as client:
+        before = client.info("stats")["total_connections_received"]
+        app.flask.config["SESSION_COOKIE_SAMESITE"] = "Sometimes"
+        app.browser().run(lambda: session.update(a=1), status=500)
+        assert "SameSite" in caplog.text
+        app.flask.config["SESSION_COOKIE_SAMESITE"] = "Lax"
+        app.browser().run(lambda: session.update(a=1))
+        assert client.info("stats")["total_connections_received"] == before
+
+
 def test_session_transaction(app: TestApp) -> None:
     """The test client's session_transaction writes what a view reads, and reads what a view wrote."""
     browser = app.browser()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from flask import session
@@ -89,6 +91,44 @@ def test_the_cache_checks_the_secret(make_app: MakeApp) -> None:
     thief.client.set_cookie("session", wrong.sid)
     thief.run(lambda: session.update(stolen=1))
     assert browser.run(lambda: dict(session)) == {"a": 1}
+
+
+@pytest.mark.parametrize("way", ["read", "write", "log out"])
+def test_a_made_up_secret_takes_nothing_from_the_owner(make_app: MakeApp, way: str) -> None:
+    """Whoever knows a handle and no secret is sent nothing of the session, and leaves its snapshot in the cache."""
+    app = make_app(SESSION_CACHE_TTL=3600.0)
+    browser = app.browser()
+    browser.run(lambda: session.update(a="x" * 100_000))
+    handle = browser.run(lambda: session.handle)
+    thief = app.browser()
+    thief.client.set_cookie("session", SessionId(handle, new_session_id(32).secret).sid)
+    views: dict[str, Callable[[], Any]] = {
+        "read": lambda: dict(session),
+        "write": lambda: session.update(b=1),
+        "log out": lambda: session.destroy(),
+    }
+    before = app.stats()
+    thief.run(views[way])
+    assert app.stats()["bytes"] - before["bytes"] < 1000
+    assert len(browser.run(lambda: session["a"])) == 100_000
+    assert app.stats()["cache_hits"] - before["cache_hits"] == 1
+
+
+@pytest.mark.usefixtures("nothing_is_small")
+def test_a_secret_of_elsewhere_is_sent_changes_only(make_app: MakeApp) -> None:
+    """A session rotated by another process is read anew by what changed, under the new secret."""
+    app = make_app(SESSION_CACHE_TTL=3600.0)
+    browser = app.browser()
+    browser.run(lambda: session.update(a="x" * 100_000, b=1))
+    assert browser.run(lambda: session["b"]) == 1
+    elsewhere = browser.twin(app.another())
+    elsewhere.run(lambda: (session.regenerate(), session.update(b=2)))
+    before = app.stats()["bytes"]
+    back = elsewhere.twin(app)
+    assert back.run(lambda: (session["b"], len(session["a"]), session.version)) == (2, 100_000, 2)
+    assert app.stats()["bytes"] - before < 1000
+    # Under the old one nothing is shown, of what is cached by now under the new one neither.
+    assert browser.run(lambda: dict(session)) == {}
 
 
 def test_the_secret_is_neither_stored_nor_logged(make_app: MakeApp, caplog: pytest.LogCaptureFixture) -> None:

@@ -147,6 +147,31 @@ def test_a_short_lifetime_of_its_own_slides_too(make_app: MakeApp, use: Callable
     assert after.ends_ms - after.touched_ms == 4_000
 
 
+@pytest.mark.parametrize("use", ["read", "write"])
+def test_a_long_lifetime_of_its_own_is_refreshed_seldom(make_app: MakeApp, use: str) -> None:
+    """By default the touch interval goes by the session's own lifetime, for commits as for reads."""
+    app = make_app(PERMANENT_SESSION_LIFETIME=timedelta(seconds=60))
+    browser = app.browser()
+
+    def long() -> None:
+        session["n"] = 0
+        session.lifetime = 86_400
+
+    browser.run(long)
+    handle = browser.run(lambda: session.handle)
+    for seconds, refreshes in ((50, False), (70, True)):
+        back = seconds * 1000
+        assert app.server is not None
+        with app.server.client() as client:
+            state = client.hget(app.prefix + handle, "@v")
+            touched = int.from_bytes(state[19:25]) - back
+            client.hset(app.prefix + handle, "@v", state[:19] + touched.to_bytes(6) + state[25:])
+        browser.twin(app.another()).run(
+            (lambda: session["n"]) if use == "read" else (lambda: session.update(n=1))
+        )
+        assert (stored(app, handle).touched_ms > touched) is refreshes
+
+
 def test_a_lifetime_that_the_app_changes_late(make_app: MakeApp) -> None:
     """PERMANENT_SESSION_LIFETIME is read at each request, as Flask does."""
     app = make_app(SESSION_TOUCH_INTERVAL=0)

@@ -48,6 +48,8 @@ def rotated(number: int) -> dict[str, Any]:
 
 # A write that was open over rotations, and what it was answered if it read only then.
 OVERTAKEN = record("put", 1.5, 9, "k9", commits=(("new", 1),), blind=True)
+# The same, begun when the first rotation may have been applied.
+BEGUN_LATE = record("put", 2.2, 9, "k9", commits=(("new", 1),), blind=True)
 MISSED = (
     "HGETALL HHHHHH: 0a0b0c at 127.0.0.1:1 in 1 ms",
     "load HHHHHH 0d0e0f: missing at 127.0.0.1:1 in 1 ms",
@@ -139,9 +141,14 @@ WRONG: dict[str, tuple[Kind, list[Record], dict[str, Any]]] = {
         [*rotations(4), OVERTAKEN],
         {**held(5, **rotated(4)), "new": (1, {"k9": "a:k9"})},
     ),
+    "a new session after five rotations, by who was open before them": (
+        Kind.DENIED,
+        [*rotations(5), OVERTAKEN],
+        {**held(6, **rotated(5)), "new": (1, {"k9": "a:k9"})},
+    ),
     "a new session after five rotations, by who had read the one that there is": (
         Kind.DENIED,
-        [*rotations(5), record("put", 1.5, 9, "k9", commits=(("new", 1),))],
+        [*rotations(5), record("put", 2.2, 9, "k9", commits=(("new", 1),))],
         {**held(6, **rotated(5)), "new": (1, {"k9": "a:k9"})},
     ),
     "a new session after rotations that had been answered": (
@@ -268,10 +275,10 @@ def test_each_kind_is_among_the_wrong_ones() -> None:
 @pytest.mark.parametrize(
     ("before", "write", "version", "words"),
     [
-        (rotations(5), OVERTAKEN, 6, "after 5 rotations"),
+        (rotations(5), BEGUN_LATE, 6, "after 5 rotations"),
         (
             rotations(6),
-            record("drop", 1.5, 9, "k9", commits=(("new", 1),), calls=MISSED),
+            record("drop", 2.2, 9, "k9", commits=(("new", 1),), calls=MISSED),
             7,
             "after 6 rotations",
         ),
@@ -350,12 +357,12 @@ def test_a_limit_excuses_nothing_else() -> None:
     """What such a request wrote is neither in the session that it was sent to, nor does it bring back any of it."""
     kept = rotated(5)
     began = {"new": (1, {"k9": "a:k9"})}
-    assert verdict(*rotations(5), OVERTAKEN, stored={**held(6, **kept, k9="a:k9"), **began}) == [
+    assert verdict(*rotations(5), BEGUN_LATE, stored={**held(6, **kept, k9="a:k9"), **began}) == [
         Kind.RETURNED
     ]
     began = {"new": (1, {"k9": "a:k9", "owner": "a:owner"})}
-    assert verdict(*rotations(5), OVERTAKEN, stored={**held(6, **kept), **began}) == [Kind.RETURNED]
-    assert verdict(*rotations(5), OVERTAKEN, stored=began) == [Kind.LOST, Kind.RETURNED]
+    assert verdict(*rotations(5), BEGUN_LATE, stored={**held(6, **kept), **began}) == [Kind.RETURNED]
+    assert verdict(*rotations(5), BEGUN_LATE, stored=began) == [Kind.LOST, Kind.RETURNED]
 
 
 def test_a_failover_may_lose_what_was_not_waited_for() -> None:

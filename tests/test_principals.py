@@ -24,6 +24,7 @@ from luasession import (
     session_discarded,
 )
 from luasession.client import Client
+from luasession.store import Store
 
 from .conftest import Browser, MakeApp, TestApp
 
@@ -360,6 +361,36 @@ def test_looking_keeps_no_session_alive(make_app: MakeApp) -> None:
     with sessions(app).edit(handle) as edited:
         edited["plan"] = "pro"
     assert app.stored(handle)[b"@v"][19:25] == touched
+
+
+def test_a_log_in_elsewhere_keeps_no_session_alive(make_app: MakeApp) -> None:
+    """The oldest entries that a log-in looks at stay as they are: only its own device uses its session."""
+    app = make_app(SESSION_TOUCH_INTERVAL=0)
+    devices = [log_in(app.browser()) for _ in range(8)]
+    grow_old(app, by_ms=32 * 86_400_000)
+    before = [app.stored(handle) for handle in devices]
+    log_in(app.browser())
+    assert [app.stored(handle) for handle in devices] == before
+
+
+@pytest.mark.parametrize("about", [{"SESSION_REDIS_DEADLINE": 0}, {"SESSION_REDIS_DEADLINE": 0.1}])
+def test_a_slow_log_in_is_revoked_on_its_way(make_app: MakeApp, about: dict[str, float]) -> None:
+    """For as long as a call may take an entry counts as that of a log-in under way, however short the deadline."""
+    app = make_app(SESSION_REDIS_TIMEOUT=5, **about)
+    browser = app.browser()
+    browser.run(lambda: session.update(visits=1))
+    enter = Store.enter
+    revoked = []
+
+    def slowly(store: Store, *about: Any) -> None:
+        enter(store, *about)
+        time.sleep(0.3)
+        revoked.append(sessions(app).revoke_all("ada"))
+
+    with patch.object(Store, "enter", slowly):
+        browser.run(lambda: setattr(session, "principal", "ada"))
+    assert revoked == [1]
+    assert browser.twin(app.another()).run(lambda: dict(session)) == {}
 
 
 def test_a_corrupt_session_is_passed_over(app: TestApp) -> None:

@@ -255,6 +255,55 @@ def test_an_explicit_rotation_cancels_an_offer(app: TestApp) -> None:
     assert browser.run(lambda: session["secret"]) == "after the log-in"
 
 
+@pytest.mark.parametrize("way", ["blind write", "write", "clear and set", "rotate"])
+def test_a_cancelled_offer_logs_nobody_out(app: TestApp, way: str) -> None:
+    """What comes under an offered id that a log-in has cancelled sets no cookie over that of the log-in.
+
+    Unless it rotates itself, and then has a session of its own, as under any former id.
+    """
+    browser, _ = begin(app)
+    offered = deaf(browser)
+    user(offered)
+    browser.run(lambda: (session.regenerate(), session.update(secret=1)))
+    views = {
+        "blind write": lambda: session.update(planted=1),
+        "write": lambda: session.update(planted=len(session)),
+        "clear and set": lambda: (session.clear(), session.update(planted=1)),
+        "rotate": lambda: (session.regenerate(), session.update(planted=1)),
+    }
+    offered.run(views[way])
+    assert ("session" in offered.set_cookies) is (way == "rotate")
+    assert browser.run(lambda: dict(session)) == {"user": "ann", "secret": 1}
+
+
+@pytest.mark.parametrize("way", ["destroy", "clear"])
+def test_a_cancelled_offer_still_logs_out(app: TestApp, way: str) -> None:
+    """A log-out under an offered id that a rotation has cancelled ends the session, as under any former id."""
+    browser, _ = begin(app)
+    offered = deaf(browser)
+    user(offered)
+    browser.run(lambda: (session.regenerate(), session.update(secret=1)))
+    offered.run(lambda: session.destroy() if way == "destroy" else session.clear())
+    assert browser.run(lambda: dict(session)) == {}
+
+
+@pytest.mark.parametrize("in_flight", [True, False])
+def test_a_request_under_an_offer_over_its_rotation(app: TestApp, in_flight: bool) -> None:
+    """Open before the rotation that cancelled its offered id, a request commits, unless that says otherwise."""
+    browser, _ = begin(app)
+    offered = deaf(browser)
+    user(offered)
+
+    def view() -> None:
+        session["mine"] = 1
+        time.sleep(0.05)  # ages are exact to a call's transit
+        browser.run(lambda: session.regenerate(in_flight=in_flight))
+
+    offered.run(view)
+    assert "session" not in offered.set_cookies
+    assert browser.run(lambda: session.get("mine")) == (1 if in_flight else None)
+
+
 def test_a_rotation_ends_what_a_renewal_left_in_force(app: TestApp) -> None:
     """An id that was in force for the grace after a renewal is not in force over a rotation."""
     browser, _ = begin(app)

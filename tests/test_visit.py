@@ -246,11 +246,11 @@ def test_the_index_comes_first() -> None:
     assert store.index.leave.call_args.args[:2] == ("bob", [ID.handle])
 
 
-@pytest.mark.parametrize(("seconds", "entries"), [(1.9, 1), (2.1, 2)])
+@pytest.mark.parametrize(("seconds", "entries"), [(3.9, 1), (4.1, 2)])
 def test_an_entry_that_has_grown_old_is_made_anew(
     monkeypatch: pytest.MonkeyPatch, seconds: float, entries: int
 ) -> None:
-    """A log-in that is tried again later than the deadline is entered again, before the session says so."""
+    """A log-in that is tried again later than a call may take is entered again, before the session says so."""
     delta = Delta(base=image(1).pair, principal=Change("ada"))
     conflicting = Conflicting(image(2).pair, {}, everything=False)
     store = store_with()
