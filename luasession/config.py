@@ -22,7 +22,8 @@ from flask import Flask
 
 from . import readers
 from .errors import ConfigurationError
-from .readers import Policy, milliseconds
+from .policy import Policy
+from .readers import milliseconds
 
 _DEFAULT_CACHE_TTL = 2.0
 _TOUCH_MS = 60_000

@@ -13,7 +13,7 @@ from . import merge
 from .delta import KEEP, Check, Delta, Put
 from .errors import SessionConflict
 from .outcome import Conflicting
-from .readers import Policy
+from .policy import Policy
 from .snapshot import Snapshot, field_name, session_key
 from .values import Values
 

@@ -15,8 +15,7 @@ from .codec import is_immutable
 from .conflicts import Conflicts
 from .delta import KEEP, KEPT, Change, Check, Delta, Put
 from .outcome import Applied
-from .policy import Policies
-from .readers import Policy
+from .policy import Policies, Policy
 from .snapshot import Pair, Snapshot, field_name, session_key
 from .values import Given, Values, fingerprint
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 from . import merge
-from .readers import Policy
+
+#: What to do about a conflict: ``"overwrite"``, ``"raise"``, ``"serializable"``, or a three-way merge
+#: ``(base, theirs, ours) -> value``, whose missing sides are ``merge.MISSING``.
+Policy: TypeAlias = str | Callable[[Any, Any, Any], Any]
 
 # Flask keeps flashed messages in a list under this key: with any other policy messages would be lost.
 _BUILT_IN: dict[str, Policy] = {"_flashes": merge.append}

@@ -18,10 +18,7 @@ from urllib.parse import urlsplit
 
 from .errors import ConfigurationError
 from .location import check_address, is_location, read_location
-
-#: What to do about a conflict: ``"overwrite"``, ``"raise"``, ``"serializable"``, or a three-way merge
-#: ``(base, theirs, ours) -> value``, whose missing sides are ``merge.MISSING``.
-Policy: TypeAlias = str | Callable[[Any, Any, Any], Any]
+from .policy import Policy
 
 # A setting's value and name in, its normal form out; or a ConfigurationError.
 Reader: TypeAlias = Callable[[Any, str], Any]

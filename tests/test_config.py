@@ -793,7 +793,7 @@ def test_the_settings_are_not_touched() -> None:
 
 
 def test_nothing_else_of_luasession_is_needed() -> None:
-    """Of luasession the modules import leaves alone: the errors, and what reads a value or a URL."""
+    """Of luasession the modules import leaves alone: the errors, what reads a value or a URL, and what a policy is."""
     imported = {
         line
         for name in ("luasession.config", "luasession.readers")
@@ -802,7 +802,8 @@ def test_nothing_else_of_luasession_is_needed() -> None:
     }
     assert imported == {
         "from . import readers",
-        "from .readers import Policy, milliseconds",
+        "from .policy import Policy",
+        "from .readers import milliseconds",
         "from .errors import ConfigurationError",
         "from .location import check_address, is_location, read_location",
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
+import re
 from collections.abc import MutableMapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -98,6 +100,13 @@ def test_testing(name: str, parameters: dict[str, Any]) -> None:
     assert inspect.getdoc(function)
     found = {key: value.default for key, value in inspect.signature(function).parameters.items()}
     assert found == parameters
+
+
+def test_the_map_names_each_module() -> None:
+    """The package's docstring has all modules, each once, and none that is not there."""
+    rows = re.findall(r"^([a-z]+(?:, [a-z]+)*)  ", luasession.__doc__ or "", re.MULTILINE)
+    there = {module.name for module in pkgutil.iter_modules(luasession.__path__)} - {"__main__"}
+    assert sorted(", ".join(rows).split(", ")) == sorted(there)
 
 
 def test_nothing_else_is_public_in_testing() -> None:
