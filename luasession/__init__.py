@@ -3,7 +3,7 @@
 A request on its way through the modules, from the browser to Redis and back:
 
 ====================================================  ========================================================
-extension, interface, answer, ids                     a cookie in, a session, cookies out
+extension, interface, answer, replacement, ids        a cookie in, a session, cookies out
 session                                               the mapping that ``flask.session`` is
 transaction, ledger, delta, rounds, retry, threads    what one request read and changed, until it is committed
 values, codec, vault                                  values as bytes: encoded, encrypted

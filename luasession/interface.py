@@ -62,7 +62,7 @@ class LuaSessionInterface(SessionInterface):
 
     Opening a session costs nothing and asks nobody. Saving applies the delta; an
     error that is met there becomes the response, by way of the app's error
-    handlers (see :mod:`luasession.extension`), in the place of what the view returned.
+    handlers (see :mod:`luasession.replacement`), in the place of what the view returned.
 
     :param connect: called with the app at each request until it returns True.
     """
