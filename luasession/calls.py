@@ -77,12 +77,15 @@ class Calls:
             return time.time_ns() // 1_000_000
         return (now_ns() // 1000 + server.clock_offset) // 1000
 
-    def whole(self, handle: str, caller: Caller) -> tuple[int, dict[bytes, bytes]]:
+    def whole(
+        self, handle: str, caller: Caller, meanwhile: Callable[[], object]
+    ) -> tuple[int, dict[bytes, bytes]]:
         """Read a hash as it is, and return when that was asked, and its fields.
 
         That it has the form of a hash is all that is known of the reply: until something in it proves
         that it answers this call, it may be another one's, of anything.
 
+        :param meanwhile: what can be done while the server works, as for :meth:`Client.call`.
         :raise SessionUnavailable: if Redis does not answer within the deadline.
         """
         key = self.key(handle)
@@ -94,7 +97,7 @@ class Calls:
             fields = _fields_of(reply)
             return fields is not None
 
-        sent, _reply, _ = self.client.call(lambda *_: words, accept, caller.patience, None, key)
+        sent, _reply, _ = self.client.call(lambda *_: words, accept, caller.patience, None, key, meanwhile)
         return sent, fields or {}
 
     def run(
@@ -106,7 +109,7 @@ class Calls:
         arguments: Callable[[int, int], tuple[bytes, ...]],
         *,
         writes: bool = True,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> tuple[int, list[Any]]:
         """Run a script, and return when it was sent, and its reply.
 

@@ -83,7 +83,7 @@ class Client:
         patience: Patience,
         wait: tuple[int, int] | None = None,
         key: bytes = b"",
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> tuple[int, Any, Connections]:
         """Send one command until it is answered.
 

@@ -177,7 +177,7 @@ class Connections:
         accept: Callable[[Any], bool],
         wait: tuple[int, int] | None = None,
         asking: bytes = b"",
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> Any:
         """Send one command on a connection that was taken, return the reply, and give the connection back.
 
@@ -207,7 +207,7 @@ class Connections:
         words: Sequence[bytes],
         wait: tuple[int, int] | None,
         asking: bytes,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> Any:
         if wait is None and not asking:
             connection.send_packed_command([pack_command(words)])

@@ -34,13 +34,12 @@ class SessionId:
     The secret stays out of :func:`repr`, so that no log line can show it.
     """
 
-    __slots__ = ("digest", "handle", "secret")
+    __slots__ = ("_digest", "handle", "secret")
 
     def __init__(self, handle: str, secret: str) -> None:
         self.handle = handle
         self.secret = secret
-        #: SHA-256 of the secret, 32 bytes; what Redis stores.
-        self.digest = hashlib.sha256(secret.encode("ascii")).digest()
+        self._digest: bytes | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.handle}>"
@@ -49,8 +48,16 @@ class SessionId:
     def without_secret(cls, handle: str) -> SessionId:
         """Return a stand-in for calls from outside a request: it means whatever secret is current."""
         session_id = cls(handle, "")
-        session_id.digest = b""
+        session_id._digest = b""
         return session_id
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the secret, 32 bytes; what Redis stores."""
+        # Made when it is first asked for: a read that Redis has to answer asks while it waits.
+        if self._digest is None:
+            self._digest = hashlib.sha256(self.secret.encode("ascii")).digest()
+        return self._digest
 
     @property
     def sid(self) -> str:

@@ -97,7 +97,7 @@ class Store:
         :raise CorruptSession: if what is stored is not a session of a known format.
         """
         here = self._here
-        if not session_id.digest:
+        if not session_id.secret:
             return self._load(session_id, b"", caller, None)
         held, is_cheap = None, True
         if self._config.cache_ttl is not None:
@@ -137,7 +137,7 @@ class Store:
         # A plain HGETALL: Lua builds the same reply at several times the server's CPU. It proves itself
         # by the digest in it; without that it proves nothing, and load.lua is asked (G16).
         here = self._here
-        sent, reply = here.calls.whole(session_id.handle, caller)
+        sent, reply = here.calls.whole(session_id.handle, caller, lambda: session_id.digest)
         identity = reply.get(b"@i")
         if not isinstance(identity, bytes) or not same_digest(identity[1:33], session_id.digest):
             return None
@@ -204,7 +204,7 @@ class Store:
         create: bool = False,
         rotate_to: SessionId | None = None,
         offer: SessionId | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> Applied | Conflicting | Refused:
         """Apply a delta to a session, which has to be there, or must not be if it is to be created.
 

@@ -240,7 +240,7 @@ class Transaction:
         if self._saved and not self.visit.failed and (self.destroyed or self.visit.id is None):
             raise RuntimeError("the response has been sent: a session cannot be started any more")
 
-    def save(self, meanwhile: Callable[[], None] | None = None) -> None:
+    def save(self, meanwhile: Callable[[], object] | None = None) -> None:
         """Apply what is left at the end of the request; a delta without a session is dropped.
 
         :param meanwhile: what can be done for the response while the commit is on its way.

@@ -85,7 +85,7 @@ class Visit:
     response: Callable[[], Any] | None = None
     is_carried = False
     #: What can be done for the response while a commit is on its way, until :meth:`close`.
-    meanwhile: Callable[[], None] | None = None
+    meanwhile: Callable[[], object] | None = None
     #: Whether it could not read what there is: nothing of it is stored, as nothing can be built on that.
     failed = False
     #: Whether a commit is on its way, or what came of it was not taken in. Where it was broken off, by a
