@@ -1,14 +1,25 @@
 -- commit.lua: apply one delta to one session, whole or not at all; also creates and rotates.
 --
--- KEYS[1]   the session key, a hash
+-- KEYS[1]   the session key, a hash: what an app has set under its own names, a leading '@' doubled, and
+--             @i  format, digest of the secret, creation, absolute end
+--             @v  version and write id, moment of that commit, last touch, end, bytes, permanence, whether
+--                 there is any of the rare ones, number of fields
+--             @r  ring: write ids of the last commits; from the second commit on
+--             @j  journal: which fields the last commits changed; from the second commit on
+--             @f  former digests, each with its moment and the end of its grace    (from here on: rare)
+--             @n  digest that is offered and has not been presented yet
+--             @c  version and moment of the last clear
+--             @e, @p, @l  idle lifetime of its own, principal, label
+--             @x  fields with an end of their own, and when that is
+--             @t  alone: tombstone, the moment when the session ended
 --
 -- ARGV[1]   write id of this commit, 8 bytes; the reply echoes it
 -- ARGV[2]   digest of the secret, 32 bytes; empty: whatever is current
 -- ARGV[3]   numbers, packed: age of the request in microseconds; microseconds since the first sending of
 --           this commit (0: this is the first); flags (1 create the session, 2 clear it before the fields
---           are set, 4 requests open at a rotation may still commit, 8 the touch interval is the default, which
---           goes by a lifetime of its own where there is one, 16 replicas are waited for); idle lifetime in ms, where
---           the session has none of its own; touch interval in ms; absolute lifetime of a new session in ms
+--           are set, 4 requests open at a rotation may still commit, 8 the touch interval is the default,
+--           which goes by a lifetime of its own, 16 replicas are waited for); idle lifetime in ms, where the
+--           session has none of its own; touch interval in ms; absolute lifetime of a new session in ms
 --           (0: none); grace time for former digests and empty sessions in ms; most bytes of the session,
 --           names and values
 -- ARGV[4]   fields set, packed: check (0 none, 1 report, 2 strict), ttl in ms (0 none; 2^48 - 1: the end

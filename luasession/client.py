@@ -26,7 +26,7 @@ from redis.retry import Retry
 from . import embedded
 from .clock import now_ns
 from .config import Config
-from .connections import ASKING, MAX_CONNECTIONS, Connections, Recipe
+from .connections import ASKING, MAX_CONNECTIONS, Connections, Recipe, timeouts
 from .errors import ConfigurationError
 from .failures import REFUSALS, code_of, is_a, is_known, is_passing, unavailable
 from .location import Location, is_location, read_location
@@ -173,6 +173,7 @@ def connect(config: Config, name: str, greet: Callable[[Connections], None] | No
     if ready is None and is_location(config.redis_url):
         where = read_location(config.redis_url, "SESSION_REDIS_URL")
         settings = {**_settings(config), **where.options}
+        settings |= timeouts(settings, at_most)
         if where.service is None:
             return Client(_cluster_at(where, settings, seconds), greet)
         theirs = {**_settings(config), "ssl": where.tls, **where.sentinel_options}
@@ -183,7 +184,7 @@ def connect(config: Config, name: str, greet: Callable[[Connections], None] | No
     if ready is None:
         url, revive = _served(config, name)
         ours = redis.ConnectionPool.from_url(url, **_settings(config))
-        return Client(Connections(Recipe.of(ours), seconds, revive), greet)
+        return Client(Connections(Recipe.of(ours, at_most), seconds, revive), greet)
     if hasattr(ready, "nodes_manager"):
         return Client(_cluster_of(ready, seconds, at_most), greet)
     pool = getattr(ready, "connection_pool", None)

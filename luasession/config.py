@@ -93,8 +93,9 @@ class Config:
     @property
     def socket_seconds(self) -> float:
         """Seconds that a connection waits for its server at most."""
-        # A client of the app's own may wait for a hung server for longer than a request is to wait for Redis.
-        return self.answer_seconds if self.redis is None else max(self.redis_deadline, self.answer_seconds)
+        # A client or a URL of the app's own may say how long, but no longer than a request waits for Redis.
+        says = self.redis is not None or "timeout=" in self.redis_url
+        return max(self.redis_deadline, self.answer_seconds) if says else self.answer_seconds
 
     @property
     def call_seconds(self) -> float:
@@ -156,8 +157,8 @@ def read_config(settings: Mapping[str, Any]) -> Config:
     wait_s, most_s = config.wait_timeout_ms / 1000, max(config.redis_deadline, config.redis_timeout)
     if config.wait_replicas and wait_s > most_s:
         raise ConfigurationError(
-            f"SESSION_WAIT_TIMEOUT ({wait_s:g} s) must not be longer than "
-            f"SESSION_REDIS_DEADLINE ({most_s:g} s), the time that a request waits for Redis in all"
+            f"SESSION_WAIT_TIMEOUT ({wait_s:g} s) must be {most_s:g} s at most, the longer one of "
+            "SESSION_REDIS_DEADLINE and SESSION_REDIS_TIMEOUT"
         )
     return config
 

@@ -23,6 +23,16 @@ MAX_CONNECTIONS = 64
 ASKING = b"*1\r\n$6\r\nASKING\r\n"
 
 
+def timeouts(settings: dict[str, Any], at_most: float) -> dict[str, Any]:
+    """Return the timeouts of a connection's settings, or what they may be at most, seconds."""
+    names = {"socket_timeout", "socket_connect_timeout"}
+    if "path" in settings:  # the classes of unix sockets do not all know of connecting
+        names &= {"socket_timeout", *settings}
+    return {
+        name: at_most if (theirs := settings.get(name)) is None else min(theirs, at_most) for name in names
+    }
+
+
 class Recipe(NamedTuple):
     """How connections are made: a library's class, its settings, and how many there may be."""
 
@@ -38,11 +48,7 @@ class Recipe(NamedTuple):
         """
         settings: dict[str, Any] = dict(pool.connection_kwargs)
         if at_most is not None:
-            settings.setdefault("socket_timeout", None)
-            if "path" not in settings:  # the classes of unix sockets do not all know it
-                settings.setdefault("socket_connect_timeout", None)
-            for name in settings.keys() & {"socket_timeout", "socket_connect_timeout"}:
-                settings[name] = at_most if settings[name] is None else min(settings[name], at_most)
+            settings |= timeouts(settings, at_most)
         retry = settings.get("retry")
         if retry is not None:
             retry = type(retry)(NoBackoff(), 0)
