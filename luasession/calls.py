@@ -19,8 +19,10 @@ from .connections import Connections
 from .scripts import Code, script
 from .stats import Stats
 
-# Nanoseconds after which "there is no such session" is not believed of a server that may have been replaced.
+# Nanoseconds after which a server is not believed that there is no such session.
 _SLOW = 50_000_000
+# The scripts that are told how old a request is.
+_BY_AGE = ("load", "commit")
 # Nanoseconds within which a reply tells well what its server's clock says.
 _QUICK = 20_000_000
 # Microseconds that the scripts can be told.
@@ -143,11 +145,14 @@ class Calls:
         wait = self._wait if writes else None
         sent, reply, server = client.call(words, accept, caller.patience, wait, key, meanwhile)
         elapsed = now_ns() - sent
-        if elapsed > _SLOW and reply[0] == Code.MISSING and client.doubt(server):
-            # A primary that hung and was replaced meanwhile answers, when it goes on, what was sent to it
-            # before it hears of that. It knows no secret and no session that its successor has made, and
-            # whoever believed it would begin a new session, and take the browser out of its own. This is one
-            # more sending of the same, as an earlier one may have been applied elsewhere (G6).
+        slow = elapsed > _SLOW and reply[0] == Code.MISSING
+        if slow and (client.doubt(server) or name in _BY_AGE):
+            # A server that hung takes a request for younger than it is, by as long as that took: who was open
+            # at a log-out, or over many rotations, seems to have come after it (G7, G8). And one that was
+            # replaced meanwhile answers, when it goes on, what was sent to it before it hears of that: it
+            # knows no secret and no session that its successor has made. Whoever believed either would begin
+            # a new session, and take the browser out of its own. This is one more sending of the same, as an
+            # earlier one may have been applied elsewhere (G6).
             since = began
             sent, reply, server = client.call(words, accept, caller.patience, wait, key)
             elapsed = now_ns() - sent

@@ -433,8 +433,10 @@ class _Life:
         over = self._rotations_over(record)
         if self._has_ended(record) or (record.op == "rotate" and over):
             return
-        # Who was open before all of them is told that there is a session, however many they were.
-        began_late = any(other.start < record.start for other in over)
+        # Who was open before all of them is told that there is a session, however many they were. A server knows
+        # that to the transit of the call that it answers, which may be a long one twice.
+        began = record.start + self._transit(record)
+        began_late = any(other.start < began for other in over)
         if began_late and self._knew_nothing(record) and (why := self._too_late(record)):
             yield self.fault(Kind.LIMIT, f"{record.key} began a session of its own {why}", *over, record)
         else:
@@ -449,6 +451,11 @@ class _Life:
         if any(record.end > other.start + self.history.grace for other in over):
             return "after the grace of a rotation"
         return ""
+
+    def _transit(self, record: Record) -> float:
+        """Return the seconds of the last call that was answered that there is no session."""
+        told = [call for call in record.calls if ": missing at " in call]
+        return int(told[-1].split()[-2]) / 1000 if told else 0.0
 
     def _found_none(self, out: Record) -> bool:
         """Whether each sending of a log-out was answered that there is no such session."""

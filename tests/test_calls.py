@@ -58,7 +58,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def resends_of(client: Client, clock: Clock) -> tuple[bytes, list[int]]:
+def resends_of(client: Client, clock: Clock, name: str = "commit") -> tuple[bytes, list[int]]:
     """Run a script; return the code that counted, and what each sending said of the time since the first."""
     calls = Calls(Config(), "test", Stats())
     calls._client = client  # type: ignore[assignment]
@@ -68,7 +68,7 @@ def resends_of(client: Client, clock: Clock) -> tuple[bytes, list[int]]:
         told.append(resend)
         return ()
 
-    _, reply = calls.run("commit", "handle", CALL, Caller(clock.now, 1000, Patience(1)), arguments)
+    _, reply = calls.run(name, "handle", CALL, Caller(clock.now, 1000, Patience(1)), arguments)
     return reply[0], told
 
 
@@ -88,10 +88,13 @@ def test_a_slow_missing_is_asked_again(clock: Clock, first: tuple[bytes, int], a
     assert [resend > 0 for resend in told] == [False, True][: 1 + asked_again]
 
 
-def test_where_there_is_no_other_server_missing_is_believed(clock: Clock) -> None:
-    """A single server is not asked twice."""
-    client = Client(clock, (b"missing", SLOW), doubts=False)
-    assert resends_of(client, clock) == (b"missing", [0])
+@pytest.mark.parametrize(("name", "asked_again"), [("load", True), ("commit", True), ("destroy", False)])
+def test_where_there_is_no_other_server(clock: Clock, name: str, asked_again: bool) -> None:
+    """A single server is asked once more where the age of the request counts, and believed where it does not."""
+    client = Client(clock, (b"missing", SLOW), (b"missing", SLOW), doubts=False)
+    code, told = resends_of(client, clock, name)
+    assert code == b"missing"
+    assert len(told) == 1 + asked_again
 
 
 def test_what_was_sent_before_a_doubt_counts(clock: Clock) -> None:

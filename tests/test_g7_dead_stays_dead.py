@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier, Event
+from threading import Barrier, Event, Timer
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from luasession.outcome import Refused, Standing
 from luasession.signals import session_discarded
 
 from .conftest import MakeApp, TestApp
+from .servers import Server
 
 
 @pytest.mark.parametrize("how", ["clear", "destroy"])
@@ -86,6 +87,31 @@ def test_age_counts_up_to_the_sending(app: TestApp) -> None:
     assert late.set_cookies == {}
     assert set(app.stored(handle)) == {b"@t"}
     assert app.keys() == [(app.prefix + handle).encode()]
+
+
+@pytest.mark.parametrize("end", ["log-out", "five rotations"])
+def test_a_server_that_hangs_makes_nobody_younger(own_server: Server, end: str) -> None:
+    """A blind write that reaches a hung server is of before the end, although by its age it would be of after it."""
+    app = TestApp(own_server, {"SESSION_REDIS_TIMEOUT": 5, "SESSION_REDIS_DEADLINE": 5})
+    browser = app.browser()
+    browser.run(lambda: session.update(user="ada"))
+    late = browser.twin()
+    keys = app.keys()
+
+    def view() -> None:
+        session["late"] = 1
+        if end == "log-out":
+            browser.run(lambda: session.destroy())
+        else:
+            for _ in range(5):
+                browser.run(lambda: session.regenerate())
+        own_server.pause()
+        Timer(0.3, own_server.resume).start()
+
+    late.run(view)
+    assert late.set_cookies == {}
+    assert app.keys() == keys
+    assert browser.run(lambda: dict(session)) == ({} if end == "log-out" else {"user": "ada"})
 
 
 def test_a_blind_write_after_the_end_starts_anew(app: TestApp) -> None:
