@@ -215,9 +215,9 @@ class Browser:
     def _send(self, op: str, cookies: dict[str, str] | None = None, **options: Any) -> Record:
         """Send a request, note it, and return what came of it.
 
-        :param cookies: instead of those in the jar, which then is left alone.
+        :param cookies: instead of those in the jar, which then is left alone. Of an answer they take the
+            hints: it is an old id that comes back, in a browser that has seen what it was answered (G9).
         """
-        own = cookies is None
         began = time.monotonic()
         with self._lock:
             if began > self._hinted:
@@ -247,7 +247,11 @@ class Browser:
                 record = replace(record, seen=result["seen"], version=result["version"])
             elif op == "drop" and result is not None:
                 record = replace(record, version=result["version"], text=f"took {result['taken']!r}")
-            if own:
+            if cookies is not None:
+                with self._lock:
+                    hints = {"session_v", "session_o"} & twin.cookies.keys()
+                    cookies.update({name: twin.cookies[name] for name in hints})
+            else:
                 with self._lock:
                     self._jar.take(sent, twin.cookies)
                     if any(line.startswith("session_o=1") for line in headers.get_all("Set-Cookie") or []):
