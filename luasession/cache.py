@@ -44,6 +44,7 @@ class _Place:
 def _size(entry: Entry) -> int:
     snapshot = entry.snapshot
     size = _SNAPSHOT_BYTES + snapshot.size + _FIELD_BYTES * len(snapshot.fields)
+    size += len(snapshot.label or "") + len(snapshot.principal or "")
     return size + -size % _ROUNDED_TO
 
 

@@ -105,15 +105,17 @@ class Config:
     def touch_ms(self, lifetime_ms: int, own_ms: int | None = None) -> int:
         """Return the milliseconds between two refreshes of a session's TTL.
 
-        ``SESSION_TOUCH_INTERVAL`` if it was set, at most half of a lifetime of
-        the session's own; else a twentieth of the lifetime, at most one minute.
+        ``SESSION_TOUCH_INTERVAL`` if it was set; at most half of a lifetime of the session's own, or of
+        the app's where that was made too short for it. Else a twentieth of the lifetime, at most one minute.
 
         :param lifetime_ms: idle lifetime of sessions that have none of their own, milliseconds.
         :param own_ms: idle lifetime of the session's own, milliseconds.
         """
         if self.touch_interval_ms is None:
             return min(_TOUCH_MS, (own_ms or lifetime_ms) // _LIFETIME_PART)
-        return min(self.touch_interval_ms, own_ms // 2) if own_ms else self.touch_interval_ms
+        if own_ms or self.touch_interval_ms + self.trust_seconds(lifetime_ms) * 1000 >= lifetime_ms:
+            return min(self.touch_interval_ms, (own_ms or lifetime_ms) // 2)
+        return self.touch_interval_ms
 
     def trust_seconds(self, lifetime_ms: int) -> float:
         """Return the seconds that a cached snapshot of a session is trusted.
@@ -254,7 +256,9 @@ def _check_windows(config: Config, lifetime: object) -> None:
     # A read from the cache refreshes no TTL: a session that is used all the time goes
     # unrefreshed for a touch interval and one trust window after it.
     lifetime_ms = milliseconds(lifetime, "PERMANENT_SESSION_LIFETIME")
-    touch, trust = config.touch_ms(lifetime_ms) / 1000, config.trust_seconds(lifetime_ms)
+    touch_ms = config.touch_interval_ms
+    touch = (config.touch_ms(lifetime_ms) if touch_ms is None else touch_ms) / 1000
+    trust = config.trust_seconds(lifetime_ms)
     if touch + trust >= lifetime_ms / 1000:
         raise ConfigurationError(
             f"SESSION_TOUCH_INTERVAL ({touch:g} s) and SESSION_CACHE_TTL ({trust:g} s) must "

@@ -24,6 +24,8 @@ _UNCHECKED = Check.NONE
 _NO_READS: frozenset[bytes] = frozenset()
 # In the place of a value that another thread has taken out.
 _GONE = object()
+# Own commits that are told; the journal has room for fewer.
+_OWN = 256
 
 
 class Source(Protocol):
@@ -148,11 +150,15 @@ class Ledger:
                 self._corrupt_keys |= {key}
                 self._source.corrupt(key, error)
             raise KeyError(key) from error
-        self._live[key] = value
-        if not is_immutable(value):
-            self._given[key] = Given(raw, fingerprint(value), self._end_of(name))
+        # Two threads of the request that read it first hold one and the same: none of their changes is lost.
+        if is_immutable(value):
+            return self._live.setdefault(key, value)
+        given = Given(raw, fingerprint(value), self._end_of(name))
+        held = self._live.setdefault(key, value)
+        if held is value:
+            self._given[key] = given
             self._handed_out[key] = value
-        return value
+        return held
 
     def keys(self) -> Iterator[str]:
         """Yield the keys that are there, stored ones first."""
@@ -415,7 +421,8 @@ class Ledger:
         if exact:
             self._base, self._own = applied.version.to_bytes(4) + applied.write_id, ()
         elif self._base is not None:
-            self._own = (*self._own, applied.write_id)
+            # The journal holds no more commits than that, so none before them could be found in it.
+            self._own = (*self._own[1 - _OWN :], applied.write_id)
 
     def _take_over(self, key: str, raw: bytes) -> None:
         # Merged with what somebody else stored. Who holds the value goes on with the merged one if it came

@@ -224,6 +224,14 @@ def test_the_bound_covers_what_the_objects_cost() -> None:
     assert luasession.cache._size(Entry(snapshot, 0)) >= real
 
 
+def test_label_and_principal_are_counted() -> None:
+    """What the app has put under them counts as what it has stored under keys."""
+    cache = SnapshotCache(100_000)
+    for number in range(10):
+        cache.put(f"{number:022}", image()._replace(label="x" * 30_000, principal="y" * 10_000), 0)
+    assert sum(held(cache, f"{number:022}") for number in range(10)) == 2
+
+
 @given(
     steps=st.lists(
         st.tuples(st.sampled_from("pgd"), st.sampled_from("abcdef"), st.integers(1, 2500)), max_size=40

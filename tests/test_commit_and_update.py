@@ -864,3 +864,22 @@ def test_serializable_counts_attributes(make_app: MakeApp, attribute: str) -> No
 
     browser.run(view, status=409)
     assert browser.run(lambda: getattr(session, attribute)) in (None, False)
+
+
+def test_a_request_of_many_commits_over_another_one(make_valkey_app: MakeApp) -> None:
+    """Of its own commits it tells those that the journal has room for, and the last one is checked as the first."""
+    app = make_valkey_app(SESSION_CONFLICT="raise")
+    browser = app.browser()
+    browser.run(lambda: session.update(n=0, k=0))
+    other = browser.twin()
+
+    def view() -> int:
+        assert session["n"] == 0
+        other.run(lambda: session.update(k=1))
+        for number in range(300):
+            session[f"a{number % 3}"] = number
+            session.commit()
+        return len(session._transaction.ledger._own)
+
+    assert browser.run(view) == 256
+    assert browser.run(lambda: (session["k"], session["a2"])) == (1, 299)

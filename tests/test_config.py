@@ -346,10 +346,19 @@ def test_a_set_trust_window_is_used_as_it_is(ttl: Any, trust: float) -> None:
     assert read_config({"SESSION_CACHE_TTL": ttl}).trust_seconds(1000) == trust
 
 
+def test_a_lifetime_made_too_short_for_the_interval() -> None:
+    """What the app sets late shortens the interval only where a session in use would end."""
+    config = read_config({"SESSION_TOUCH_INTERVAL": 10, "SESSION_CACHE_TTL": 2})
+    assert [config.touch_ms(ms) for ms in (60_000, 12_001, 12_000, 2_000)] == [10_000, 10_000, 6_000, 1_000]
+
+
 @pytest.mark.parametrize("interval", [0, 45])
 def test_a_set_touch_interval_is_used_as_it_is(interval: int) -> None:
     """SESSION_TOUCH_INTERVAL, once set, holds for every lifetime."""
-    assert read_config({"SESSION_TOUCH_INTERVAL": interval}).touch_ms(1000) == interval * 1000
+    config = read_config({"SESSION_TOUCH_INTERVAL": interval})
+    assert config.touch_ms(50_000) == interval * 1000
+    # Save one that the app has made too short for it since: or what is in use would end (G13).
+    assert config.touch_ms(20_000) == min(interval * 1000, 10_000)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,25 @@ def test_a_value_is_decoded_once() -> None:
     assert ledger.get("cart") == [1, 2]
 
 
+def test_two_first_reads_hold_one_value() -> None:
+    """Who reads a key for the first time while another thread does holds the same object: both changes count."""
+    source = Source(holding(cart=[]))
+    ledger = ledger_of(None, source=source)
+    original, inside = source.open, False
+
+    def open_slowly(name: bytes, stored: bytes) -> bytes:
+        nonlocal inside
+        if not inside:
+            inside = True
+            ledger.get("cart").append("theirs")
+        return original(name, stored)
+
+    source.open = open_slowly  # type: ignore[method-assign]
+    ledger.get("cart").append("ours")
+    assert inside
+    assert changes(ledger) == {"cart": ["theirs", "ours"]}
+
+
 @pytest.mark.parametrize("key", [1, None, b"a", ("a",)])
 def test_what_is_no_str_is_missing(key: Any) -> None:
     """A key that no session can have is missing, and costs no load."""
