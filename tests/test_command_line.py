@@ -17,6 +17,14 @@ from luasession.__main__ import main
 
 from .servers import eventually
 
+#: ``python -m luasession`` as it is in front. What a shell starts in the background ignores Ctrl-C, and so does all
+#: that this starts: the run of these tests, say.
+IN_FRONT = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("luasession", run_name="__main__", alter_sys=True)
+"""
+
 
 @pytest.mark.parametrize(
     "arguments",
@@ -46,7 +54,7 @@ def test_the_demo_takes_its_servers_along(number: signal.Signals, short: Path) -
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     demo = subprocess.Popen(
-        [sys.executable, "-m", "luasession", "demo", "--port", str(port)],
+        [sys.executable, "-c", IN_FRONT, "demo", "--port", str(port)],
         env={**os.environ, "TMPDIR": str(short), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
