@@ -249,8 +249,10 @@ class Browser:
                 record = replace(record, version=result["version"], text=f"took {result['taken']!r}")
             if cookies is not None:
                 with self._lock:
-                    hints = {"session_v", "session_o"} & twin.cookies.keys()
-                    cookies.update({name: twin.cookies[name] for name in hints})
+                    set_now = dict(twin.cookies.items() - sent.items())
+                    cookies.update(
+                        {name: set_now[name] for name in {"session_v", "session_o"} & set_now.keys()}
+                    )
             else:
                 with self._lock:
                     self._jar.take(sent, twin.cookies)
