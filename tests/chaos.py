@@ -248,11 +248,12 @@ class Browser:
             elif op == "drop" and result is not None:
                 record = replace(record, version=result["version"], text=f"took {result['taken']!r}")
             if cookies is not None:
-                with self._lock:
-                    set_now = dict(twin.cookies.items() - sent.items())
-                    cookies.update(
-                        {name: set_now[name] for name in {"session_v", "session_o"} & set_now.keys()}
-                    )
+                set_now = dict(twin.cookies.items() - sent.items())
+                # Under another id they are that session's, and no hint of what is in this one.
+                if "session" not in set_now:
+                    with self._lock:
+                        hints = {"session_v", "session_o"} & set_now.keys()
+                        cookies.update({name: set_now[name] for name in hints})
             else:
                 with self._lock:
                     self._jar.take(sent, twin.cookies)

@@ -114,3 +114,22 @@ def test_an_id_that_is_replaced_again_and_again_while_it_is_used(rotations: int,
     assert (len(history.records), len(report.limits)) == (2 + rotations, 0)
     write = next(record for record in history.records if record.op == "put")
     assert bool(write.commits) is (rotations < 5)
+
+
+def test_an_old_id_takes_the_hints_of_its_own_session_alone() -> None:
+    """Who comes back under an old id has seen what its session answered, and nothing of the one after it."""
+    require("valkey-9.1")
+    app = "tests.chaos_app:create_app()"
+    with (
+        world_of("standalone", "valkey-9.1", 0) as world,
+        serving(None, app=app, workers=1, SESSION_REDIS_URL=world.url, SESSION_KEY_PREFIX=PREFIX) as web,
+    ):
+        browser = Browser(0, Plan(), web.port, History())
+        browser.begin()
+        old = dict(browser._jar.cookies)
+        assert browser._send("put", old, key="k", value="v").status == 200
+        assert old["session_v"] == "2"
+        assert browser._send("logout", old, value="destroy").status == 200
+        late = browser._send("late", old, key="k", value="v")
+        assert late.commits[0][1] == 1, "a session of its own"
+        assert old["session_v"] == "2"
