@@ -184,8 +184,8 @@ class Request:
         #: How many events (ends, clears, rotations) had happened when it opened; how many steps.
         self.events = 0
         self.opened_ns = 0
-        #: The age sent, in microseconds, where it lies between two events.
-        self.age_us: int | None = None
+        #: Whether it was said to have opened between two events.
+        self.is_between = False
         self.base: dict[str, Any] = {}
         self.read_version: int | None = None
         #: What Redis said to its last call about this session: a load's answer, a commit's.
@@ -513,15 +513,14 @@ class Run:
         if request.events == 0:
             return request.opened_ns - _LONG_AGO_NS
         middle = (self.moments[request.events - 1] + self.moments[request.events]) // 2
-        now_us = time.monotonic_ns() // 1000
-        request.age_us = now_us + self._offset_us - middle
-        return (now_us - request.age_us) * 1000
+        request.is_between = True
+        return (middle - self._offset_us) * 1000
 
-    def _check_age(self, request: Request, now_us: int) -> None:
-        age_us, request.age_us = request.age_us, None
-        if age_us is None:
+    def _check_age(self, request: Request, arguments: Sequence[Any], now_us: int) -> None:
+        if not request.is_between:
             return
-        came_out = now_us - age_us
+        request.is_between = False
+        came_out = now_us - int.from_bytes(arguments[6][:7])
         before, after = self.moments[request.events - 1], self.moments[request.events]
         if not before + _MARGIN_US <= came_out < after - _MARGIN_US:
             raise Inexact
@@ -538,7 +537,7 @@ class Run:
         if name != "HGETALL":
             # The server's clock when it runs what is sent here, less the clock here then.
             self._offset_us = reply[2] - sent_us
-            self._check_age(request, reply[2])
+            self._check_age(request, arguments, reply[2])
         if ours:
             getattr(self, f"_{name.lower()}")(request, arguments, reply)
         else:

@@ -6,6 +6,7 @@ The harness and the specification are in :mod:`tests.interleaving`; a failing or
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import combinations, combinations_with_replacement, permutations, product
 from typing import Any
 
@@ -115,6 +116,12 @@ def serial_order(run: Run, *, reads: bool = True) -> tuple[str, ...] | None:
             if values == (spec.values if spec.ended is None else None):
                 return tuple(request.name for request in order)
     return None
+
+
+@pytest.fixture
+def make_valkey_app(make_valkey_app: MakeApp) -> MakeApp:
+    """A machine that stalls is no part of a schedule: calls may take their time."""
+    return partial(make_valkey_app, SESSION_REDIS_TIMEOUT=30, SESSION_REDIS_DEADLINE=30)
 
 
 def check_explained(run: Run, *, reads: bool = True) -> None:
