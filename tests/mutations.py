@@ -375,7 +375,7 @@ MUTATIONS = (
         "commit",
         "math.floor(lifetime / 2)",
         "math.floor(lifetime / 0.001)",
-        ("test_g13_expiry.py::test_a_lifetime_shorter_than_the_set_interval_slides[valkey-9.1-write-60]",),
+        ("test_g13_expiry.py::test_a_lifetime_shorter_than_the_set_interval_slides[valkey-9.1]",),
     ),
     Mutation(
         "form of a stored lifetime",

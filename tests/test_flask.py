@@ -714,7 +714,6 @@ def test_a_request_is_freed_at_its_end(app: TestApp, view: Callable[[], Any]) ->
         seen.append(weakref.ref(request._get_current_object()))
         return view()
 
-    gc.collect()
     gc.disable()
     try:
         browser.run(watched)

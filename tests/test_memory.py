@@ -25,11 +25,9 @@ PACKAGE = str(Path(luasession.__file__).parent)
 @pytest.fixture
 def no_collector() -> Iterator[None]:
     """Only what nobody refers to is freed: a cycle stays."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()
-    gc.collect()
 
 
 class Wire:
