@@ -14,7 +14,7 @@ from redis.backoff import NoBackoff
 
 from .clock import now_ns
 from .errors import ConfigurationError, SessionUnavailable
-from .failures import Unproven, is_a, is_read_only
+from .failures import Unproven, is_a, is_known, is_read_only
 
 #: Connections of one process to one server. More requests than that wait for one, and do not fail.
 MAX_CONNECTIONS = 64
@@ -146,13 +146,13 @@ class Connections:
         try:
             connection = self._recipe.kind(**self._recipe.settings)
             try:
-                connection.connect()
+                _connect(connection)
             except Exception as error:
                 if self._revive is None or not is_a(error, "ConnectionError"):
                     raise
                 with suppress(ConfigurationError):  # what is in the way of that is in the log
                     self._revive()
-                connection.connect()
+                _connect(connection)
         except BaseException:
             self._slots.put(None)
             raise
@@ -249,6 +249,18 @@ class Connections:
         connection = self.take()
         sent = now_ns()
         return sent, self.exchange(connection, lambda: words, accept)
+
+
+def _connect(connection: Any) -> None:
+    try:
+        connection.connect()
+    except Exception as error:
+        if is_known(error):
+            raise
+        # A credential provider of the app's, say: without it there is no way to Redis either. Its words might
+        # quote a secret; they stay in the chain of causes.
+        connection.disconnect()
+        raise redis.ConnectionError(f"connecting ended in {type(error).__name__}") from error
 
 
 def _disconnect(connections: deque[Any]) -> None:
