@@ -140,7 +140,7 @@ class LuaSessionInterface(SessionInterface):
         ends_ms = seen.ends_ms
         if seen.size == 0:
             # Emptied key by key it ends with the grace unless a key is added, and then the cookie is needed.
-            idle_end = seen.touched_ms + (seen.lifetime_ms or visit.caller.lifetime_ms)
+            idle_end = seen.touched_ms + (seen.lifetime_ms or visit.lifetime_ms)
             ends_ms = max(ends_ms, min(idle_end, seen.absolute_ms or idle_end))
         return datetime.now(UTC) + timedelta(milliseconds=ends_ms - visit.now_ms)
 

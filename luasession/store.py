@@ -68,10 +68,11 @@ class Store:
 
     # -- reading ------------------------------------------------------------
 
-    def trusted(self, session_id: SessionId, hint: int, caller: Caller) -> Snapshot | None:
+    def trusted(self, session_id: SessionId, hint: int, lifetime_ms: int) -> Snapshot | None:
         """Return the cached snapshot if it needs no confirmation (G9, G10).
 
         :param hint: the version that the browser has seen made, 0 if none.
+        :param lifetime_ms: idle lifetime of sessions that have none of their own, milliseconds.
         """
         if self._config.cache_ttl is None:
             return None
@@ -79,7 +80,7 @@ class Store:
         entry = here.cache.get(session_id)
         if entry is None:
             return None
-        window = self._config.trust_seconds(entry.snapshot.lifetime_ms or caller.lifetime_ms)
+        window = self._config.trust_seconds(entry.snapshot.lifetime_ms or lifetime_ms)
         if (
             entry.snapshot.version < hint
             or not 0 <= now_ns() - entry.sent < window * 1e9

@@ -130,9 +130,13 @@ class Visit:
     def caller(self) -> Caller:
         """The request, as the store wants to know it."""
         if self._caller is None:
-            lifetime_ms = idle_lifetime(self._settings["PERMANENT_SESSION_LIFETIME"])
-            self._caller = self._store.caller(self._opened, lifetime_ms)
+            self._caller = self._store.caller(self._opened, self.lifetime_ms)
         return self._caller
+
+    @property
+    def lifetime_ms(self) -> int:
+        """Idle lifetime, in milliseconds, of sessions that have none of their own."""
+        return idle_lifetime(self._settings["PERMANENT_SESSION_LIFETIME"])
 
     @property
     def now_ms(self) -> int:
@@ -177,7 +181,7 @@ class Visit:
         if self._id is None or self.standing in _ABSENT:
             return None
         if not self._others_hint and self.standing is None:
-            snapshot = self._store.trusted(self._id, self._hint, self.caller)
+            snapshot = self._store.trusted(self._id, self._hint, self.lifetime_ms)
             if snapshot is not None:
                 self.standing = LIVE
                 self.seen = snapshot
@@ -366,7 +370,7 @@ class Visit:
         """
         if self._touched or self.standing is not LIVE or self._id is None:
             return
-        interval = self.config.touch_ms(self.caller.lifetime_ms, snapshot.lifetime_ms)
+        interval = self.config.touch_ms(self.lifetime_ms, snapshot.lifetime_ms)
         if self.now_ms - snapshot.touched_ms < interval:
             return
         offer = self._offer()
