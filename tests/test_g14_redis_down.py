@@ -44,39 +44,6 @@ def test_down_and_up_again(own_server: Server) -> None:
     browser.run(lambda: session.update(c=1))
 
 
-class Credentials(redis.CredentialProvider):
-    """A service that hands out credentials, and fails so many times."""
-
-    def __init__(self) -> None:
-        self.fails = 0
-
-    def get_credentials(self) -> tuple[()]:
-        if self.fails:
-            self.fails -= 1
-            raise LookupError("s3cret is no longer valid")
-        return ()
-
-
-@pytest.mark.parametrize("fails", [2, 1000])
-def test_credentials_that_cannot_be_had(valkey: Server, fails: int) -> None:
-    """Where a ready client's credentials come from is a part of the way to Redis: waited for, then a 503."""
-    provider = Credentials()
-    ready = redis.Redis(unix_socket_path=valkey.socket_path, credential_provider=provider)
-    app = app_on(valkey, SESSION_REDIS=ready)
-    browser = app.browser()
-    app.flask.register_error_handler(SessionUnavailable, lambda error: (str(error), 503))
-    provider.fails = fails
-    browser.run(lambda: session.update(a=1), status=200 if fails == 2 else 503)
-    if fails > 2:
-        assert browser.response is not None
-        words = f"{valkey.socket_path}: ConnectionError: connecting ended in LookupError"
-        assert browser.response.text == words
-        provider.fails = 0
-        browser.run(lambda: session.update(a=1))
-    assert browser.run(lambda: dict(session)) == {"a": 1}
-    ready.close()
-
-
 def test_out_of_reach_nothing_changes(proxy: Proxy, make_app: MakeApp) -> None:
     """What a request would read, change, rotate or end while Redis cannot be reached is as it was, cookies too."""
     app = make_app(SESSION_REDIS_URL=proxy.url, SESSION_REDIS_DEADLINE=0.02, SESSION_CACHE_TTL=0)

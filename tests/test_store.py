@@ -22,7 +22,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 import luasession.calls
-from luasession import ConfigurationError
+from luasession import ConfigurationError, SessionUnavailable
 
 from .conftest import Browser, MakeApp, TestApp
 from .proxy import Proxy, command
@@ -142,6 +142,39 @@ def test_a_ready_client(server: Server, make_app: MakeApp, client: str) -> None:
     assert library.get(app.prefix + "own") == ("text" if decodes else b"text")
     assert not getattr(library.connection_pool, "_in_use_connections", None)
     library.close()
+
+
+class Credentials(redis.CredentialProvider):
+    """A service that hands out credentials, and fails so many times."""
+
+    def __init__(self) -> None:
+        self.fails = 0
+
+    def get_credentials(self) -> tuple[()]:
+        if self.fails:
+            self.fails -= 1
+            raise LookupError("s3cret is no longer valid")
+        return ()
+
+
+@pytest.mark.parametrize("fails", [2, 1000])
+def test_credentials_that_cannot_be_had(valkey: Server, make_valkey_app: MakeApp, fails: int) -> None:
+    """Where a ready client's credentials come from is a part of the way to Redis: waited for, then a 503."""
+    provider = Credentials()
+    ready = redis.Redis(unix_socket_path=valkey.socket_path, credential_provider=provider)
+    app = make_valkey_app(SESSION_REDIS=ready, SESSION_REDIS_DEADLINE=0.3, SESSION_CACHE_TTL=0)
+    browser = app.browser()
+    app.flask.register_error_handler(SessionUnavailable, lambda error: (str(error), 503))
+    provider.fails = fails
+    browser.run(lambda: session.update(a=1), status=200 if fails == 2 else 503)
+    if fails > 2:
+        assert browser.response is not None
+        words = f"{valkey.socket_path}: ConnectionError: connecting ended in LookupError"
+        assert browser.response.text == words
+        provider.fails = 0
+        browser.run(lambda: session.update(a=1))
+    assert browser.run(lambda: dict(session)) == {"a": 1}
+    ready.close()
 
 
 @pytest.mark.parametrize("scheme", ["unix", "redis", "valkey"])
