@@ -8,6 +8,7 @@ have it from Redis: the digest is compared here as it is there (G11).
 from __future__ import annotations
 
 from operator import attrgetter
+from sys import getsizeof
 from threading import Lock
 from typing import NamedTuple
 
@@ -43,8 +44,10 @@ class _Place:
 
 def _size(entry: Entry) -> int:
     snapshot = entry.snapshot
-    size = _SNAPSHOT_BYTES + snapshot.size + _FIELD_BYTES * len(snapshot.fields)
-    size += len(snapshot.label or "") + len(snapshot.principal or "")
+    size = _SNAPSHOT_BYTES + snapshot.size + _FIELD_BYTES * (len(snapshot.fields) + len(snapshot.deadlines))
+    if snapshot.label or snapshot.principal:
+        # By what they take here: a character is up to four bytes.
+        size += getsizeof(snapshot.label) + getsizeof(snapshot.principal)
     return size + -size % _ROUNDED_TO
 
 

@@ -145,10 +145,12 @@ class Calls:
         wait = self._wait if writes else None
         sent, reply, server = client.call(words, accept, caller.patience, wait, key, meanwhile)
         elapsed = now_ns() - sent
-        slow = elapsed > _SLOW and reply[0] == Code.MISSING
+        # No such session, or none any more for a request that came after the rotation.
+        refused = reply[0] == Code.MISSING or (reply[0] == Code.STALE and not reply[3])
+        slow = elapsed > _SLOW and refused
         if slow and (client.doubt(server) or name in _BY_AGE):
             # A server that hung takes a request for younger than it is, by as long as that took: who was open
-            # at a log-out, or over many rotations, seems to have come after it (G7, G8). And one that was
+            # at a log-out, or over a rotation, seems to have come after it (G7, G8). And one that was
             # replaced meanwhile answers, when it goes on, what was sent to it before it hears of that: it
             # knows no secret and no session that its successor has made. Whoever believed either would begin
             # a new session, and take the browser out of its own. This is one more sending of the same, as an

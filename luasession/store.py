@@ -250,6 +250,10 @@ class Store:
         here.stats.add("commits", sum(map(len, packed)))
         expected = rotate_to.digest if rotate_to else digest
         fresh = create or delta.cleared
+        # Sent again it may have been applied before: the ends of keys count from that moment.
+        state = rest[3]
+        if state[4:12] == write_id:
+            now_us = int.from_bytes(state[12:19])
         return self._applied(handle, write_id, delta, draft, rest, now_us // 1000, sent, expected, fresh)
 
     def _not_applied(

@@ -230,6 +230,9 @@ def test_label_and_principal_are_counted() -> None:
     for number in range(10):
         cache.put(f"{number:022}", image()._replace(label="x" * 30_000, principal="y" * 10_000), 0)
     assert sum(held(cache, f"{number:022}") for number in range(10)) == 2
+    # Four bytes a character here.
+    cache.put("wide".zfill(22), image()._replace(label="\U0001f9ca" * 24_000), 0)
+    assert sum(held(cache, f"{number:022}") for number in range(10)) == 0
 
 
 @given(

@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Timer
 from typing import Any
 from uuid import uuid4
 
@@ -22,6 +24,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 import luasession.calls
+import luasession.store
 from luasession import ConfigurationError, SessionUnavailable
 
 from .conftest import Browser, MakeApp, TestApp
@@ -597,3 +600,56 @@ def test_preloaded_workers(valkey: Server) -> None:
 
         assert eventually(both_served)
         assert all(found == {"first": "first", **{key: key for key in keys}} for found in shown)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("cache_ttl", [0, None])
+def test_over_a_rotation_a_hung_server_drops_nothing(
+    own_server: Server, monkeypatch: pytest.MonkeyPatch, cache_ttl: int | None, reads: bool
+) -> None:
+    """Who was open before a rotation reads and writes, although a hung server takes him for younger (G8)."""
+    monkeypatch.setattr(
+        luasession.store, "SMALL", -1
+    )  # a snapshot is confirmed, as those of large sessions are
+    app = TestApp(
+        own_server,
+        {"SESSION_REDIS_TIMEOUT": 5, "SESSION_REDIS_DEADLINE": 5, "SESSION_CACHE_TTL": cache_ttl},
+    )
+    browser = app.browser()
+    browser.run(lambda: session.update(user="ada"))
+    late = browser.twin()
+    seen = []
+
+    def view() -> None:
+        time.sleep(0.05)
+        browser.run(lambda: session.regenerate())
+        own_server.pause()
+        Timer(0.3, own_server.resume).start()
+        if reads:
+            seen.append(dict(session))
+        session["late"] = 1
+
+    late.run(view)
+    assert seen == ([{"user": "ada"}] if reads else [])
+    assert browser.run(lambda: dict(session)) == {"user": "ada", "late": 1}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_commit_sent_again_moves_no_end_of_a_key(
+    own_proxy: Proxy, own_server: Server, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """A key's end counts from when its commit was applied, not from when that was told (G13)."""
+    monkeypatch.setattr(luasession.store, "SMALL", -1)  # what is cached is confirmed, not read anew
+    app = TestApp(own_server, {"SESSION_REDIS_URL": own_proxy.url, "SESSION_REDIS_DEADLINE": 5})
+    browser = app.browser()
+    if not first:
+        browser.run(lambda: session.update(a=1))
+        browser.run(see)
+    rule = own_proxy.delay_reply(1.5, lambda words: words[0] in (b"EVALSHA", b"EVAL") and len(words) > 7)
+    begun = time.monotonic()
+    browser.run(lambda: session.set("code", 1, ttl=1.8))  # type: ignore[attr-defined]
+    assert rule.done == 1
+    assert browser.run(see)["code"] == 1
+    time.sleep(max(0.0, begun + 2.2 - time.monotonic()))
+    assert "code" not in browser.twin(app.another()).run(see)
+    assert "code" not in browser.run(see)
