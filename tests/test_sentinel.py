@@ -312,6 +312,7 @@ def promoted(topology: SentinelTopology, old: Server) -> bool:
 def test_a_planned_failover(sentinels: Topologies, way: str) -> None:
     """While another server is promoted, beside the old one that still takes writes, nothing acknowledged is lost."""
     topology = sentinels("valkey-9.1")
+    topology.settle()  # a busy machine may have had another one promoted meanwhile
     config = SENTINELS[way](topology)
     # By both replicas, one of which is promoted: then the old primary has too few left.
     app = app_on(topology, SESSION_WAIT_REPLICAS=2, SESSION_WAIT_TIMEOUT=0.2, **config)
@@ -355,6 +356,7 @@ def test_a_planned_failover(sentinels: Topologies, way: str) -> None:
 def test_the_primary_is_killed(sentinels: Topologies) -> None:
     """Killed: whoever waits is served by the promoted one, whoever does not gets 503; what was acknowledged is there."""
     topology = sentinels("valkey-9.1")
+    topology.settle()
     safe = app_on(topology, SESSION_WAIT_REPLICAS=2, SESSION_WAIT_TIMEOUT=5)
     app = safe.another(SESSION_WAIT_REPLICAS=0)
     hasty = app.another(SESSION_REDIS_DEADLINE=0.1)
