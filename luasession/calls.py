@@ -144,10 +144,12 @@ class Calls:
 
         wait = self._wait if writes else None
         sent, reply, server = client.call(words, accept, caller.patience, wait, key, meanwhile)
-        elapsed = now_ns() - sent
+        answered = now_ns()
+        elapsed = answered - sent
         # No such session, or none any more for a request that came after the rotation.
         refused = reply[0] == Code.MISSING or (reply[0] == Code.STALE and not reply[3])
-        slow = elapsed > _SLOW and refused
+        # From the first sending: what gave no answer then may answer the next one at once.
+        slow = answered - began > _SLOW and refused
         if slow and (client.doubt(server) or name in _BY_AGE):
             # A server that hung takes a request for younger than it is, by as long as that took: who was open
             # at a log-out, or over a rotation, seems to have come after it (G7, G8). And one that was

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from redis.crc import key_slot
 
@@ -48,6 +48,18 @@ class Servers(Protocol):
         """Look again which server has what, and tell whether it may be another one by now."""
 
 
+class _Word(NamedTuple):
+    """What one sentinel says of the primary."""
+
+    sentinel: Connections
+    #: The number of the last failover that it has heard of, and whether it names what that one promoted
+    #: before it is over.
+    failover: tuple[int, bool]
+    address: Address
+    #: Why the address is not to be used, if so.
+    fault: str
+
+
 class Sentinels:
     """The primary of one service, as sentinels name it.
 
@@ -77,6 +89,9 @@ class Sentinels:
         self._seconds = seconds
         self._first = self._sentinels[0]
         self._last: tuple[Address, Connections] | None = None
+        # The failover that the last primary was named by, and whether one that came after it was told of.
+        self._failover = (0, False)
+        self._behind = False
         self._sure = False
         self._doubted = False
         self._due = 0.0
@@ -97,6 +112,9 @@ class Sentinels:
         try:
             return self._find()
         except Nowhere:
+            if self._behind:
+                self._sure = False
+                raise
             return last[1]
         except BaseException:
             self._due = 0.0  # a greenlet that is killed while it asks leaves that to the next one
@@ -119,46 +137,56 @@ class Sentinels:
         return True
 
     def _find(self) -> Connections:
-        heard: list[str] = []
-        passing = False
         begun = _now()
         everybody, self._doubted = self._doubted, False
-        # The number of the failover that a sentinel has last heard of, and what it says.
-        newest: tuple[int, Connections, Address] | None = None
+        said: list[_Word] = []
+        heard: list[str] = []
+        passing = False
         for sentinel in sorted(self._sentinels, key=lambda each: each is not self._first):
-            if (heard or newest) and _now() - begun > self._seconds:
+            if (said or heard) and _now() - begun > self._seconds:
                 break
             try:
-                _, reply = sentinel.ask((b"SENTINEL", b"MASTER", self._service), self._is_state)
+                said.append(self._word_of(sentinel))
             except Exception as error:
                 if not is_known(error):
                     raise
                 heard.append(f"{sentinel}: {words_of(error)}")
                 passing = passing or is_passing(error)
-                continue
-            state = _paired(reply)
-            flags = state[b"flags"].split(b",")
-            if not {b"s_down", b"o_down", b"disconnected"}.isdisjoint(flags):
-                heard.append(f"{sentinel}: the primary is {state[b'flags'].decode()}")
-                passing = True
-            elif int(state.get(b"num-other-sentinels", 0)) < self._others:
-                heard.append(f"{sentinel}: it sees too few other sentinels")
-                passing = True
             else:
-                said = (
-                    int(state.get(b"config-epoch", 0)),
-                    sentinel,
-                    (state[b"ip"].decode(), int(state[b"port"])),
-                )
-                if newest is None or said[0] > newest[0]:
-                    newest = said
-                if not everybody:
+                if not everybody and not max(said, key=_weight).fault:
                     break
-        if newest is not None:
-            self._first = newest[1]
-            return self._settle(newest[2])
+        if said:
+            # The last failover's word counts, though that primary be down: whoever has not heard of it names
+            # the one before, which takes writes that will be lost.
+            best = max(said, key=_weight)
+            if not best.fault:
+                self._first, self._failover = best.sentinel, best.failover
+                return self._settle(best.address)
+            self._behind = best.failover > self._failover
+            passing = True
+            heard += [f"{each.sentinel}: {each.fault or 'it has not heard of a failover'}" for each in said]
         named = self._service.decode(errors="replace")
         raise Nowhere(f"no sentinel names a primary of {named}: {'; '.join(heard)}", passing=passing)
+
+    def _word_of(self, sentinel: Connections) -> _Word:
+        _, reply = sentinel.ask((b"SENTINEL", b"MASTER", self._service), self._is_state)
+        state = _paired(reply)
+        address = [state[b"ip"], state[b"port"]]
+        flags = state[b"flags"].split(b",")
+        promoted = False
+        if b"failover_in_progress" in flags:
+            # The sentinel that leads a failover counts it as soon as the new primary is there, but shows the
+            # old one, and how that is, until all replicas follow. Clients are to go to the new one meanwhile.
+            _, current = sentinel.ask((b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self._service), _is_address)
+            promoted = current != address
+            address = current
+        fault = ""
+        if not promoted and not {b"s_down", b"o_down", b"disconnected"}.isdisjoint(flags):
+            fault = f"the primary is {state[b'flags'].decode()}"
+        elif int(state.get(b"num-other-sentinels", 0)) < self._others:
+            fault = "it sees too few other sentinels"
+        failover = (int(state.get(b"config-epoch", 0)), promoted)
+        return _Word(sentinel, failover, (address[0].decode(), int(address[1])), fault)
 
     def _settle(self, address: Address) -> Connections:
         last = self._last
@@ -166,7 +194,7 @@ class Sentinels:
             if last is not None:
                 last[1].drop()
             last = self._last = (address, self._make(*address))
-        self._sure = True
+        self._sure, self._behind = True, False
         self._due = _now() + _TRUST
         return last[1]
 
@@ -296,6 +324,14 @@ class Cluster:
 
 def _now() -> float:
     return now_ns() / 1e9
+
+
+def _weight(word: _Word) -> tuple[tuple[int, bool], bool]:
+    return word.failover, not word.fault
+
+
+def _is_address(reply: Any) -> bool:
+    return isinstance(reply, list) and len(reply) == 2 and all(isinstance(each, bytes) for each in reply)
 
 
 def _is_map(reply: Any) -> bool:

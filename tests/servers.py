@@ -531,7 +531,7 @@ class SentinelTopology:
                     client.execute_command("SENTINEL", "SET", "main", "down-after-milliseconds", milliseconds)
 
         def all_pings_answered() -> bool:
-            return all(self._state(each)["last-ping-sent"] == "0" for each in self.sentinels)
+            return all(self.state(each)["last-ping-sent"] == "0" for each in self.sentinels)
 
         with _hanging(servers, wait_for_each, 500, all_pings_answered):
             yield
@@ -542,7 +542,7 @@ class SentinelTopology:
         def settled() -> bool:
             ports = set()
             for each in self.sentinels:
-                state = self._state(each)
+                state = self.state(each)
                 # One that is still at the last failover would get the next one wrong.
                 if "down" in state["flags"] or "failover" in state["flags"]:
                     return False
@@ -563,7 +563,7 @@ class SentinelTopology:
             raise RuntimeError(f"the sentinels do not settle:\n{self.sentinels[0].log()}")
 
     @staticmethod
-    def _state(sentinel: Server) -> dict[str, str]:
+    def state(sentinel: Server) -> dict[str, str]:
         """Return what a sentinel knows of the primary."""
         with sentinel.client() as client:
             raw = client.execute_command("SENTINEL", "MASTER", "main")

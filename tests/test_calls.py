@@ -88,6 +88,14 @@ def test_a_slow_missing_is_asked_again(clock: Clock, first: tuple[bytes, int], a
     assert [resend > 0 for resend in told] == [False, True][: 1 + asked_again]
 
 
+@pytest.mark.parametrize(("sendings", "asked_again"), [(2, False), (60, True)])
+def test_what_is_quick_at_last_is_as_slow(clock: Clock, sendings: int, asked_again: bool) -> None:
+    """It counts from the first sending: a server that hung until that one broke off answers the next at once."""
+    client = Client(clock, (b"missing", QUICK), (b"missing", QUICK), sendings=sendings)
+    resends_of(client, clock)
+    assert client.doubted == asked_again
+
+
 @pytest.mark.parametrize(("name", "asked_again"), [("load", True), ("commit", True), ("destroy", False)])
 def test_where_there_is_no_other_server(clock: Clock, name: str, asked_again: bool) -> None:
     """A single server is asked once more where the age of the request counts, and believed where it does not."""

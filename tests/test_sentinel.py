@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from threading import Timer
 from typing import Any
 from uuid import uuid4
@@ -82,6 +82,59 @@ def see() -> dict[str, Any]:
     return dict(session)
 
 
+@contextmanager
+def unfinished_failover(topology: SentinelTopology) -> Iterator[tuple[Server, Server]]:
+    """Give the sentinel that leads a failover, held up by a replica that does not get to follow, and the old primary.
+
+    That one runs: it hung for a while.
+    """
+    topology.settle()
+    old = topology.primary
+    behind = next(each for each in topology.servers if each is not old)
+
+    def prepare(password: str, priority: int, timeout: int) -> None:
+        with behind.client() as client:
+            client.config_set("masterauth", password)
+            client.config_set("replica-priority", priority)
+        for each in topology.sentinels:
+            with each.client() as client:
+                client.execute_command("SENTINEL", "SET", "main", "failover-timeout", timeout)
+
+    def leaders() -> list[Server]:
+        states = [(each, topology.state(each)) for each in topology.sentinels]
+        return [
+            each
+            for each, state in states
+            # Others may have begun one too, which they give up.
+            if state.get("failover-state") == "reconf_slaves" and "s_down" not in state["flags"]
+        ]
+
+    prepare("nobody asks for one", 1000, 60_000)
+    try:
+        old.pause()
+        assert eventually(lambda: topology.primary is not old, 30)
+        old.resume()
+        leading = eventually(leaders, 10)
+        assert leading
+        yield leading[0], old
+    finally:
+        prepare("", 100, 1000)
+        old.kill()
+        topology.bring_back(old)
+
+
+def test_a_failover_that_is_not_done(sentinels: Topologies) -> None:
+    """The sentinel that leads it shows the old primary until all replicas follow; the new one is taken at once."""
+    topology = sentinels("valkey-9.1")
+    with unfinished_failover(topology) as (leader, old):
+        assert topology.state(leader)["port"] == str(old.port)
+        app = app_on(topology, SESSION_REDIS_URL=f"redis+sentinel://127.0.0.1:{leader.port}/main")
+        browser = app.browser()
+        browser.run(lambda: session.update(a=1))
+        assert connections(app, browser).port == topology.primary.port != old.port
+    assert browser.run(see) == {"a": 1}
+
+
 # URLs.
 
 
@@ -135,10 +188,11 @@ def test_a_database_and_passwords(sentinels: Topologies) -> None:
     topology = sentinels("valkey-9.1")
     for each in (*topology.servers, *topology.sentinels):
         with each.client() as client:
-            # A sentinel has no keys to speak of.
-            keys = ["~*"] if each in topology.servers else []
-            password = ">server" if each in topology.servers else ">sentinel"
-            client.execute_command("ACL", "SETUSER", "shop", "on", password, *keys, "+@all")
+            if each in topology.servers:
+                rights = [">server", "~*", "+@all"]
+            else:  # what the README says
+                rights = [">sentinel", "+sentinel|master", "+sentinel|get-master-addr-by-name"]
+            client.execute_command("ACL", "SETUSER", "shop", "on", *rights)
     url = topology.url.replace("://", "://shop:server@").replace("/main/0", "/main/5")
     app = app_on(topology, SESSION_REDIS_URL=f"{url}?sentinel_username=shop&sentinel_password=sentinel")
     browser = app.browser()
@@ -193,9 +247,10 @@ STATE = {b"name": b"main", b"ip": b"p", b"port": b"1", b"flags": b"master", b"nu
 class Fake(Connections):
     """A sentinel, or a server, that answers with what it was given."""
 
-    def __init__(self, host: str, state: Any = None) -> None:
+    def __init__(self, host: str, state: Any = None, promoted: bytes = b"") -> None:
         super().__init__(Recipe(lambda **_: None, {"host": host, "port": 1}, 1), 0.01)
         self.state = state
+        self.promoted = promoted
         self.asked = 0
         self.dropped = 0
 
@@ -203,6 +258,15 @@ class Fake(Connections):
         self.asked += 1
         if isinstance(self.state, Exception):
             raise self.state
+        if words[1] == b"GET-MASTER-ADDR-BY-NAME":
+            address = [self.promoted or self.state[b"ip"], self.state[b"port"]]
+            assert [accept(reply) for reply in (address, None, [1, b"1"], [b"p"])] == [
+                True,
+                False,
+                False,
+                False,
+            ]
+            return 0, address
         flat = [item for pair in self.state.items() for item in pair]
         foreign = [{**self.state, b"name": b"other"}, [b"name", b"main"], b"OK"]
         assert [accept(reply) for reply in (self.state, flat, *foreign)] == [True, True, False, False, False]
@@ -273,6 +337,55 @@ def test_in_doubt_all_sentinels_are_asked() -> None:
     found._due = 0
     assert str(found.of(b"key")) == "q:1"
     assert [each.asked for each in (behind, gone, ahead)] == [2, 1, 2]
+
+
+def test_a_sentinel_that_leads_a_failover() -> None:
+    """It counts the failover, but shows the old primary, well again or down, until it is done: clients go by the other."""
+    for flags in (b"master,failover_in_progress", b"s_down,o_down,master,failover_in_progress"):
+        done = Fake("b", {**STATE, b"ip": b"q", b"config-epoch": b"4"})
+        leading = Fake("a", {**STATE, b"flags": flags, b"config-epoch": b"4"}, promoted=b"q")
+        found = Sentinels([leading, done], "main", lambda host, port: Fake(host), 1, 1)
+        assert str(found.of(b"key")) == "q:1"
+        assert (leading.asked, done.asked) == (2, 0)
+    # Before anybody is promoted it is as any other: with a primary that is down, or with one that is well.
+    leading = Fake("a", {**STATE, b"flags": b"s_down,master,failover_in_progress"})
+    found = Sentinels([leading], "main", lambda host, port: Fake(host), 1, 1)
+    with pytest.raises(Nowhere, match="the primary is s_down,master,failover_in_progress"):
+        found.of(b"key")
+    leading.state = {**STATE, b"flags": b"master,failover_in_progress"}
+    assert str(found.of(b"key")) == "p:1"
+    # Promoted between its two answers, it has told the number of before; others name the old one by that.
+    behind = Fake("b", {**STATE, b"config-epoch": b"3"})
+    leading = Fake("a", {**leading.state, b"config-epoch": b"3"}, promoted=b"q")
+    found = Sentinels([behind, leading], "main", lambda host, port: Fake(host), 1, 1)
+    assert found.doubt(found.of(b"key"))
+    assert str(found.of(b"key")) == "q:1"
+
+
+def test_the_last_failover_counts_though_its_primary_is_down() -> None:
+    """Then there is none, for a while; the one before takes writes that will be lost, and is not gone back to."""
+    ahead = Fake("a", {**STATE, b"ip": b"q", b"config-epoch": b"4"})
+    behind = Fake("b", {**STATE, b"config-epoch": b"3"})
+    found = Sentinels([behind, ahead], "main", lambda host, port: Fake(host), 1, 1)
+    assert str(found.of(b"key")) == "p:1"
+    ahead.state = {**ahead.state, b"flags": b"master,disconnected"}
+    found.doubt(found.of(b"key"))
+    with pytest.raises(Nowhere) as caught:
+        found.of(b"key")
+    assert caught.value.passing
+    assert "a:1: the primary is master,disconnected" in str(caught.value)
+    assert "b:1: it has not heard of a failover" in str(caught.value)
+    # Nor where they are asked in passing, by a request that was sure of the one before; the next one asks again.
+    found._first, found._sure, found._due = ahead, True, 0
+    for _ in range(2):
+        with pytest.raises(Nowhere):
+            found.of(b"key")
+    ahead.state = {**ahead.state, b"flags": b"master"}
+    assert str(found.of(b"key")) == "q:1"
+    # Where no failover is news, a primary that was well goes on being used.
+    ahead.state = {**ahead.state, b"flags": b"master,s_down"}
+    found._due = 0
+    assert str(found.of(b"key")) == "q:1"
 
 
 def test_a_request_that_is_broken_off_while_it_asks() -> None:
