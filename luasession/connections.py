@@ -15,6 +15,7 @@ from redis.backoff import NoBackoff
 from .clock import now_ns
 from .errors import ConfigurationError, SessionUnavailable
 from .failures import Unproven, is_a, is_known, is_read_only
+from .spin import Spin
 
 #: Connections of one process to one server. More requests than that wait for one, and do not fail.
 MAX_CONNECTIONS = 64
@@ -87,6 +88,7 @@ class Connections:
         self._seconds = seconds
         self._revive = revive
         self._idle: deque[Any] = deque()
+        self._spin = Spin()
         # Freed with its app it closes what it holds: sockets left to the garbage collector warn.
         weakref.finalize(self, _disconnect, self._idle)
         # A queue and no semaphore: a greenlet that is killed inside of release() would keep its slot. By the
@@ -193,7 +195,7 @@ class Connections:
         :raise SessionUnavailable: if too few replicas acknowledged.
         """
         try:
-            reply = self._exchange(connection, words(), wait, asking, meanwhile)
+            reply = self._exchange(connection, words(), wait, asking, meanwhile, self._spin)
             if not accept(reply):
                 raise Unproven("the reply answers another call")
         except BaseException as error:
@@ -213,12 +215,14 @@ class Connections:
         words: Sequence[bytes],
         wait: tuple[int, int] | None,
         asking: bytes,
-        meanwhile: Callable[[], object] | None = None,
+        meanwhile: Callable[[], object] | None,
+        spin: Spin,
     ) -> Any:
         if wait is None and not asking:
             connection.send_packed_command([pack_command(words)])
             if meanwhile is not None:
                 meanwhile()
+            spin.watch(getattr(connection, "_sock", None))
             return connection.read_response(disable_decoding=True)
         # WAIT speaks of the writes of its own connection, and ASKING of its next command, so they share it.
         trailer = b"" if wait is None else pack_command((b"WAIT", b"%d" % wait[0], b"%d" % wait[1]))
