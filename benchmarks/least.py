@@ -24,6 +24,7 @@ from luasession.delta import Delta, Put
 from luasession.ids import SessionId, new_session_id, same_digest
 from luasession.packing import pack_numbers
 from luasession.scripts import Code, script
+from luasession.spin import Spin
 from luasession.store import Store
 
 _COOKIE = re.compile(r"(?:^|;)\s*session=([\w-]{22})\.([\w-]{43})")
@@ -85,9 +86,9 @@ class Bare(SessionInterface):
     """The least that luasession's contract leaves: its wire and its cookies, for one workload, by hand.
 
     The cookie is taken apart, the secret hashed; one HGETALL or one commit.lua on a connection of redis-py's;
-    the reply proves itself; one value is encoded or decoded; ``Vary``, and the hint of a commit. Left out is
-    all that makes it fit for anything else: the mapping and what it remembers, other keys and types,
-    conflicts, cache, errors, retries, and that the server or a connection may fail.
+    the reply is looked for as luasession does, and proves itself; one value is encoded or decoded; ``Vary``,
+    and the hint of a commit. Left out is all that makes it fit for anything else: the mapping and what it
+    remembers, other keys and types, conflicts, cache, errors, retries, and a server or connection that fails.
     """
 
     def __init__(self, app: Flask, socket: str, *, reads: bool) -> None:
@@ -98,6 +99,7 @@ class Bare(SessionInterface):
         self._connection: Any = redis.Redis(
             unix_socket_path=socket, protocol=2
         ).connection_pool.get_connection()
+        self._spin = Spin()
         self._store = Store(config, "bare")
         self._reads = reads
 
@@ -146,4 +148,5 @@ class Bare(SessionInterface):
 
     def _ask(self, *words: bytes) -> Any:
         self._connection.send_packed_command([pack_command(words)])
+        self._spin.watch(self._connection)
         return self._connection.read_response(disable_decoding=True)

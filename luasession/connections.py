@@ -222,7 +222,7 @@ class Connections:
             connection.send_packed_command([pack_command(words)])
             if meanwhile is not None:
                 meanwhile()
-            spin.watch(getattr(connection, "_sock", None))
+            spin.watch(connection)
             return connection.read_response(disable_decoding=True)
         # WAIT speaks of the writes of its own connection, and ASKING of its next command, so they share it.
         trailer = b"" if wait is None else pack_command((b"WAIT", b"%d" % wait[0], b"%d" % wait[1]))

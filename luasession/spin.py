@@ -17,7 +17,7 @@ from typing import Any
 from .clock import now_ns
 
 # Nanoseconds after which it goes to sleep: what one command may cost in CPU beyond its work.
-_LONGEST = 100_000
+_LONGEST = 200_000
 # Nanoseconds that a look takes only if another process had the core meanwhile, or a thread the interpreter.
 _SHARED = 20_000
 # Commands that are slept for at most, before it is worth looking again.
@@ -37,17 +37,18 @@ class Spin:
         # How many were left out after the last reply that was looked for in vain.
         self._penalty = 0
 
-    def watch(self, sock: Any) -> None:
-        """Return when a socket has something to read, or when to sleep for it is better.
+    def watch(self, connection: Any) -> None:
+        """Return when a connection has something to read, or when to sleep for it is better.
 
         Whoever calls reads next, and sleeps there as long as it takes.
 
-        :param sock: where a reply is to come from. Gevent's and eventlet's are left alone: to look would stop
-            everybody else.
+        :param connection: a client library's. Sockets of gevent's and eventlet's are left alone: to look
+            would stop everybody else.
         """
         if self._left_out:
             self._left_out -= 1
             return
+        sock = getattr(connection, "_sock", None)
         if not _POSSIBLE or not isinstance(sock, _socket.socket):
             return
         poll = select.poll()
