@@ -10,7 +10,8 @@ values, codec, vault                                  values as bytes: encoded, 
 policy, conflicts, merge                              what becomes of a key that two requests changed
 visit, errand, outcome                                one request's dealings with one session, and their end
 store, cache, snapshot, packing, turns                sessions in Redis, and for a short time in this process
-calls, scripts, client, connections, servers, clock   one call: sent to the right server, proven, sent again
+calls, scripts, client                                one call: sent to the right server, proven, sent again
+servers, connections, spin, clock                     where it goes, and how its reply is waited for
 failures, errors, signals, stats                      what is told of it all
 sessions, index, login, testing                       from outside of a request; principals; tests of apps
 config, readers, location                             settings, checked when the app starts
