@@ -240,7 +240,8 @@ class Ledger:
             elif ttl_ms or not self._is_stored(key, raw):
                 sets[field_name(key)] = Put(raw, self._check(key), ttl_ms)
         for key, given in list(self._given.items()):
-            changed = self._changed_in_place(key, given)
+            # Set while another thread was handing out the value before: that one is no more.
+            changed = None if key in self._sets else self._changed_in_place(key, given)
             if changed is not None:
                 # Changed in place, a key keeps the end that it was given.
                 kept = KEPT + given.end if given.end else KEEP
@@ -401,6 +402,8 @@ class Ledger:
             if key in live and not is_immutable(live[key]):
                 # No fingerprint: while the commit was on its way another thread may have changed the value.
                 given[key] = Given(put.value, None, self._end_of(name))
+            else:
+                given.pop(key, None)
         if sent.cleared and self._cleared_at <= assignments:
             self.cleared = False
 

@@ -129,6 +129,24 @@ def test_two_first_reads_hold_one_value() -> None:
     assert changes(ledger) == {"cart": ["theirs", "ours"]}
 
 
+def test_a_key_that_is_set_while_it_is_handed_out() -> None:
+    """Set to something else by another thread just then, it has what was set, and its end, once committed too."""
+    ledger = ledger_of(holding(cart=[]))
+
+    class Interrupted(dict[str, Any]):
+        def __setitem__(self, key: str, given: Any) -> None:
+            ledger.set("cart", 5, 60_000)
+            super().__setitem__(key, given)
+
+    ledger._given = Interrupted()
+    ledger.get("cart")
+    ledger._given = dict(ledger._given)
+    delta = ledger.delta()
+    assert {name: (put.value, put.ttl_ms) for name, put in delta.sets.items()} == {b"cart": (raw(5), 60_000)}
+    settle(ledger, version=2)
+    assert not ledger.delta()
+
+
 @pytest.mark.parametrize("key", [1, None, b"a", ("a",)])
 def test_what_is_no_str_is_missing(key: Any) -> None:
     """A key that no session can have is missing, and costs no load."""
