@@ -27,7 +27,8 @@ def short(fault: str, topology: str = "standalone", mutation: str = "", **settin
             steps=(5, 20),
             hang=0.9,
             mutation=mutation,
-            settings=settings,
+            # What is asked for once it is no longer trusted is asked for sooner.
+            settings={"SESSION_CACHE_TTL": 0.5, **settings},
         )
     )
 
