@@ -10,18 +10,20 @@ import pytest
 from .chaos import PREFIX, Browser, Outcome, Plan, run, stored_in
 from .conftest import require
 from .faults import FAULTS, world_of
-from .history import History, Kind, check
+from .history import History, Kind, Violation, check
 from .web import serving
 
 
-def short(fault: str, topology: str = "standalone", mutation: str = "", **settings: object) -> Outcome:
+def short(
+    fault: str, topology: str = "standalone", mutation: str = "", seed: int = 7, **settings: object
+) -> Outcome:
     require("valkey-9.1")
     return run(
         Plan(
             topology=topology,
             fault=fault,
             seconds=1.0,
-            seed=7,
+            seed=seed,
             browsers=24,
             threads=6,
             steps=(5, 20),
@@ -31,6 +33,15 @@ def short(fault: str, topology: str = "standalone", mutation: str = "", **settin
             settings={"SESSION_CACHE_TTL": 0.5, **settings},
         )
     )
+
+
+def finding(fault: str, mutation: str, *kinds: Kind) -> tuple[Outcome, list[Violation]]:
+    """Run without a guard until that is noticed: on a busy machine one second of load may be too little."""
+    for seed in range(7, 12):
+        outcome = short(fault, mutation=mutation, seed=seed)
+        if found := [each for kind in kinds for each in outcome.report.of(kind)]:
+            break
+    return outcome, found
 
 
 def all_is_well(outcome: Outcome) -> None:
@@ -58,8 +69,7 @@ def test_a_kill_behind_sentinels() -> None:
 
 def test_without_the_write_id_the_run_finds_doubled_changes() -> None:
     """The run proves itself: with the look into the ring of write ids taken out, changes are found twice."""
-    outcome = short("drops", mutation="write id")
-    found = outcome.report.of(Kind.DOUBLED)
+    outcome, found = finding("drops", "write id", Kind.DOUBLED)
     assert found, outcome
     # Its history shows how: one of the requests sent a commit, got no reply, and sent it again.
     pairs = [pair for violation in found for record in violation.records for pair in pairwise(record.calls)]
@@ -73,9 +83,7 @@ def test_without_the_write_id_the_run_finds_doubled_changes() -> None:
 
 def test_without_proof_of_replies_the_run_finds_foreign_values() -> None:
     """With replies taken for answers unproven, sessions show what is not their own, or versions that are not."""
-    outcome = short("crossed", mutation="replies")
-    kinds = (Kind.FOREIGN, Kind.VERSION)
-    found = [violation for violation in outcome.report.violations if violation.kind in kinds]
+    outcome, found = finding("crossed", "replies", Kind.FOREIGN, Kind.VERSION)
     assert found, outcome
     # Its history shows it: what another browser's session holds, or a number that another commit was given too.
     assert any(
@@ -87,8 +95,7 @@ def test_without_proof_of_replies_the_run_finds_foreign_values() -> None:
 
 def test_without_the_guard_of_existence_the_run_finds_what_came_back() -> None:
     """With tombstones overlooked and commits to missing sessions let through, what ended comes back."""
-    outcome = short("scripts", mutation="existence")
-    found = outcome.report.of(Kind.RETURNED)
+    outcome, found = finding("scripts", "existence", Kind.RETURNED)
     assert found, outcome
     # Its history shows it: a log-out that was answered, and a commit to the same session after it.
     stories = [[record.op for record in violation.records] for violation in found]
