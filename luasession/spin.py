@@ -45,7 +45,7 @@ class Spin:
         :param connection: a client library's. Sockets of gevent's and eventlet's are left alone: to look
             would stop everybody else.
         """
-        if self._left_out:
+        if self._left_out > 0:  # two threads at once may count it below
             self._left_out -= 1
             return
         sock = getattr(connection, "_sock", None)

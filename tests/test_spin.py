@@ -108,6 +108,13 @@ def test_in_vain(clock: Clock, ends: tuple[socket.socket, socket.socket]) -> Non
     assert [bool(took(spin, clock, here)) for _ in range(3)] == [True, False, True]
 
 
+def test_two_threads_that_count_at_once(clock: Clock, ends: tuple[socket.socket, socket.socket]) -> None:
+    """Who both leave out the last one have not given up looking for good."""
+    spin = Spin()
+    spin._left_out = -1
+    assert took(spin, clock, ends[0])
+
+
 def test_a_core_that_others_want(clock: Clock, ends: tuple[socket.socket, socket.socket]) -> None:
     """A look that takes so long that others must have run meanwhile is the last one."""
     clock.step = luasession.spin._SHARED + 1
