@@ -55,11 +55,16 @@ COLD, VALIDATING, CACHED = "luasession, cold", "luasession, validating", "luases
 CHECKED, DEFAULTS = "luasession, checked", "luasession, defaults"
 
 ONE_HSET, ONE_HGETALL = "one HSET", "one HGETALL"
-BARE_COMMIT, BARE_READ = "bare commit", "bare read"
+BARE_COMMIT, BARE_CHANGE, BARE_READ = "bare commit", "bare read and commit", "bare read"
+BARE_CONFIRMATION, BARE_MIX = "bare confirmation", "bare, the mix"
 
 
-def _least(kind: type[OneCommand | Bare], *, reads: bool) -> Setup:
-    return lambda app, socket: setattr(app, "session_interface", kind(app, socket, reads=reads))
+def _one(*, reads: bool) -> Setup:
+    return lambda app, socket: setattr(app, "session_interface", OneCommand(app, socket, reads=reads))
+
+
+def _bare(reads: str = "") -> Setup:
+    return lambda app, socket: setattr(app, "session_interface", Bare(app, socket, reads=reads))
 
 
 #: Those that are called in this process.
@@ -73,21 +78,26 @@ PEERS: dict[str, Setup] = {
     # A window that outlasts the run, so that what is measured is the cached read and nothing else.
     CACHED: lambda app, socket: _luasession(app, socket, SESSION_CACHE_TTL=3600.0),
     CHECKED: lambda app, socket: _luasession(app, socket, SESSION_CACHE_TTL=3600.0, SESSION_CONFLICT="raise"),
-    ONE_HSET: _least(OneCommand, reads=False),
-    ONE_HGETALL: _least(OneCommand, reads=True),
-    BARE_COMMIT: _least(Bare, reads=False),
-    BARE_READ: _least(Bare, reads=True),
+    ONE_HSET: _one(reads=False),
+    ONE_HGETALL: _one(reads=True),
+    BARE_COMMIT: _bare(),
+    BARE_CHANGE: _bare("held"),
+    BARE_READ: _bare("whole"),
+    BARE_CONFIRMATION: _bare("changes"),
 }
 #: What a session must do at least, with the workloads that it is the least of.
 LEAST = {
     ONE_HSET: ("write blind", "read, change"),
     ONE_HGETALL: ("read one key",),
-    BARE_COMMIT: ("write blind", "read, change"),
+    BARE_COMMIT: ("write blind",),
+    BARE_CHANGE: ("read, change",),
     BARE_READ: ("read one key",),
+    BARE_CONFIRMATION: ("read one key",),
 }
 #: Those under gunicorn, where the cache is as it comes.
 SERVED: dict[str, Setup] = {name: PEERS[name] for name in (FLOOR, COOKIE, LOADED, RIVAL, COLD)} | {
-    DEFAULTS: _luasession
+    DEFAULTS: _luasession,
+    BARE_MIX: _bare("whole"),
 }
 
 

@@ -10,7 +10,7 @@ import redis
 
 from luasession.ids import SessionId, new_session_id
 
-from .peers import CACHED, CHECKED, COLD, COOKIE, FLOOR, LEAST, PEERS, RIVAL, Peer, family
+from .peers import BARE_MIX, CACHED, CHECKED, COLD, COOKIE, FLOOR, LEAST, PEERS, RIVAL, Peer, family
 from .samples import Row, summary
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Population:
             family(FLOOR): [""] * count,
             family(COOKIE): [cookie] * count,
             family(COLD): [each.sid for each in ids],
+            family(BARE_MIX): [each.sid for each in ids],
             family(RIVAL): [each.sid for each in ids],
         }
         #: What one of them takes of the server's memory, all told.

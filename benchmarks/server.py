@@ -10,11 +10,13 @@ from math import sqrt
 from typing import Any
 
 import redis
+from flask import Flask
 from redis.crc import key_slot
 
 from luasession import merge
-from luasession.ids import HANDLE_BYTES
+from luasession.ids import HANDLE_BYTES, SessionId
 
+from .least import Bare
 from .peers import CACHED, COLD, RIVAL, VALIDATING, Peer
 from .samples import Row
 from .workloads import HUGE, LARGE, SHAPES, SMALL
@@ -22,8 +24,12 @@ from .workloads import HUGE, LARGE, SHAPES, SMALL
 _SLOTS = 16384
 _LISTPACK = {"default": "64", "1024": "1024"}
 
-#: What a commit of one key takes at least: its four commands in a script that does nothing else.
+COMMIT = "commit of one key"
+#: What that takes at least: its four commands in a script that does nothing else.
 BARE = "a commit's commands alone"
+#: Added to either, where one follows the other on sessions in turn, as on a server that has much to do.
+IN_A_ROW = ", in a row"
+_ROW = 100
 _BARE = """
 redis.call('TIME')
 redis.call('HMGET', KEYS[1], '@i', '@v', '@r', '@j')
@@ -89,7 +95,7 @@ def time_of(kind: str, socket: str, calls: int) -> list[Row]:
         for what, name, path, command in (
             ("load, cold", COLD, "/read", "hgetall"),
             ("load, unchanged", VALIDATING, "/read", "evalsha"),
-            ("commit of one key", CACHED, "/change", "evalsha"),
+            (COMMIT, CACHED, "/change", "evalsha"),
             ("blind commit", CACHED, "/write", "evalsha"),
             ("Flask-Session: load", RIVAL, "/read", "get"),
             ("Flask-Session: store", RIVAL, "/write", "setex"),
@@ -107,6 +113,8 @@ def time_of(kind: str, socket: str, calls: int) -> list[Row]:
         if shape == SMALL:
             times, spent = _bare_commits(client, clock, peer, few)
             add(BARE, shape, "evalsha", times, spent / times)
+            for what, times, spent in _in_a_row(client, clock, socket, SHAPES[shape], few):
+                add(what + IN_A_ROW, shape, "evalsha", times, spent / times)
         times, spent = _merge_rounds(clock, socket, SHAPES[shape], max(5, few // 5))
         rows.append(
             {"server": kind, "what": "merge round", "shape": shape, "command": "evalsha", "calls": times}
@@ -128,6 +136,30 @@ def _bare_commits(client: redis.Redis, clock: _Clock, peer: Peer, calls: int) ->
         client.evalsha(sha, 1, "bare", *words)
         peer.call("/untouched")
     return clock.spent("evalsha")
+
+
+def _in_a_row(
+    client: redis.Redis, clock: _Clock, socket: str, data: dict[str, Any], calls: int
+) -> Iterator[tuple[str, int, int]]:
+    """Have sessions changed in turn by one pipeline after another, and then their commands run as often."""
+    app = Bare(Flask(__name__), socket)
+    ids = [app.start({**data, "count": 0}) for _ in range(_ROW)]
+    rounds = max(2, calls // _ROW)
+
+    def run(what: str, words: Callable[[SessionId], tuple[bytes, ...]]) -> tuple[str, int, int]:
+        clock.reset()
+        for _ in range(rounds):
+            row = client.pipeline(transaction=False)
+            for each in ids:
+                row.execute_command(*words(each))
+            row.execute()
+        return what, *clock.spent("evalsha")
+
+    yield run(COMMIT, lambda each: app.commit_words(each, None, ("count", 1)).command)
+    sha = client.script_load(_BARE).encode()
+    keys = {each: app.commit_words(each, None, ("count", 1)).command[3] for each in ids}
+    states = {each: client.hmget(key, "@v", "@r", "@j") for each, key in keys.items()}
+    yield run(BARE, lambda each: (b"EVALSHA", sha, b"1", keys[each], *states[each], b"7"))
 
 
 def _merge_rounds(clock: _Clock, socket: str, data: dict[str, Any], rounds: int) -> tuple[int, int]:

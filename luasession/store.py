@@ -61,8 +61,9 @@ class Store:
         # What another thread held while it forked, a lock or half a conversation with Redis, is never
         # touched in the child. The hook holds the store weakly, as there is no way to take it back.
         os.register_at_fork(after_in_child=_starter_afresh(weakref.ref(self)))
-        # What commit.lua is told each time; it changes little.
+        # What commit.lua and load.lua are told each time; it changes little.
         self._numbers = lru_cache(maxsize=64)(partial(pack_numbers, config))
+        self._times = lru_cache(maxsize=64)(pack_times)
         #: Seals and opens values; None where they are stored as the serializer makes them.
         self.vault = Vault(config.encryption_keys) if config.encryption_keys else None
 
@@ -74,7 +75,7 @@ class Store:
         :param hint: the version that the browser has seen made, 0 if none.
         :param lifetime_ms: idle lifetime of sessions that have none of their own, milliseconds.
         """
-        if self._config.cache_ttl is None:
+        if not self._config.cache_ttl:  # nothing is kept, or nothing is trusted
             return None
         here = self._here
         entry = here.cache.get(session_id)
@@ -159,14 +160,14 @@ class Store:
         here = self._here
         own_ms = base.lifetime_ms if base else None
         interval_ms = self._config.touch_ms(caller.lifetime_ms, own_ms) if caller.uses else NEVER
-        numbers = pack_times(caller.lifetime_ms, interval_ms, self._config.grace_ms)
+        numbers = self._times(caller.lifetime_ms, interval_ms, self._config.grace_ms)
         held = base.pair if base else b""
         rest = (held, self._packed_offer(offer)) if offer else (held,) if held else ()
 
         def arguments(age: int, _resend: int) -> tuple[bytes, ...]:
             return (digest, age.to_bytes(7) + numbers, *rest)
 
-        sent, (code, _id, _now, *found) = self.calls.run(
+        sent, (code, _id, _now, *found) = here.calls.run(
             "load", session_id.handle, new_write_id(), caller, arguments, writes=False
         )
         if code not in _SNAPSHOTS:
