@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from .contention import LOCKED, TUNED
 from .growth import PATHS, above_floor
-from .peers import CACHED, COLD, COOKIE, DEFAULTS, FLOOR, LOADED, RIVAL, VALIDATING
+from .peers import BARE_MIX, CACHED, COLD, COOKIE, DEFAULTS, FLOOR, LOADED, RIVAL, VALIDATING
 from .samples import Row
 from .system import FEW
 from .web import GEVENT, GTHREAD, PROCESSES, THREADS
@@ -62,6 +62,7 @@ _MARKS = {
     CACHED: ("*", "-"),
     DEFAULTS: ("P", "-"),
     FLOOR: ("|", ":"),
+    BARE_MIX: ("x", ":"),
 }
 
 

@@ -15,7 +15,7 @@ from .population import Population
 from .samples import Row, median, summary
 from .web import GEVENT, GTHREAD, PROCESSES, Gunicorns, Serving, cpu_of_workers
 
-_WARM_UP = 0.3
+_WARM_UP = 0.2
 #: Whom every kind of web server serves.
 FEW = (FLOOR, LOADED, DEFAULTS)
 _GREEN = (FLOOR, LOADED, RIVAL, DEFAULTS)

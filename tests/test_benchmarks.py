@@ -167,6 +167,16 @@ def test_pictures_are_drawn(path: Path) -> None:
     assert {each.name: each.read_bytes() for each in folder.iterdir()} == first
 
 
+def test_whoever_is_served_is_drawn(result: dict[str, Any], tmp_path: Path) -> None:
+    """A full run serves more peers than the few of the smallest, and they have their bars as well."""
+    row = aims.find(result["system"], peer=peers.FLOOR, worker_class=web.GTHREAD)
+    served = [{**row, "peer": name} for name in peers.SERVED if name not in system.FEW]
+    written = tmp_path / "result.json"
+    written.write_text(json.dumps({**result, "system": result["system"] + served}))
+    plot.draw(written)
+    assert {each.name for each in written.with_suffix("").iterdir()} == PICTURES
+
+
 def test_the_committed_result_is_a_full_one() -> None:
     """The result in the checkout is of a full run, with its pictures, and the README shows one of them."""
     newest = max(plot.RESULTS.glob("*.json"))
