@@ -65,10 +65,9 @@ class SnapshotCache:
     def get(self, session_id: SessionId) -> Entry | None:
         """Return the entry of a session, if the id is the right one for it."""
         with self._lock:
-            try:
-                entry = self._places[session_id.handle].entry
-            except KeyError:
+            if session_id.handle not in self._places:  # cheaper than to meet the error
                 return None
+            entry = self._places[session_id.handle].entry
         if same_digest(entry.snapshot.digest, session_id.digest):
             return entry
         return None
@@ -131,10 +130,7 @@ class SnapshotCache:
 
     def _look(self, handle: str) -> _Place | None:
         # The plain cache's look-up: by that of LRUCache the entry would count as used.
-        try:
-            return Cache.__getitem__(self._places, handle)
-        except KeyError:
-            return None
+        return Cache.__getitem__(self._places, handle) if handle in self._places else None
 
     def _store(self, handle: str, entry: Entry, place: _Place | None) -> None:
         # One object in the place of another: whoever looks without the lock sees one of the two.
