@@ -110,8 +110,8 @@ class Bare(SessionInterface):
     The cookie is taken apart, the secret hashed; one HGETALL, load.lua or commit.lua on a connection of
     redis-py's; the reply is looked for as luasession does, and proves itself; one value is encoded or
     decoded; ``Vary``, and the hint of a commit. Left out is all that makes it fit for anything else: the
-    mapping and what it remembers, other keys and types, conflicts, a cache with bounds and ends, errors,
-    retries, and a server or connection that fails.
+    mapping and what it remembers, other keys and types, conflicts, the refresh of a TTL, a cache with bounds
+    and ends, errors, retries, and a server or connection that fails.
 
     :param reads: how: ``"whole"`` by HGETALL, ``"changes"`` by load.lua on what was read before, ``"held"``
         from there alone; empty, what is read is missing.
