@@ -621,10 +621,10 @@ def test_over_a_rotation_a_hung_server_drops_nothing(
     seen = []
 
     def view() -> None:
-        time.sleep(0.05)
+        time.sleep(0.1)
         browser.run(lambda: session.regenerate())
         own_server.pause()
-        Timer(0.3, own_server.resume).start()
+        Timer(0.6, own_server.resume).start()
         if reads:
             seen.append(dict(session))
         session["late"] = 1
